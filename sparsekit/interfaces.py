@@ -1,0 +1,277 @@
+"""What a plugin may supply: curvature estimators, saliencies, schedules, patterns and tasks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from sparsekit.errors import CurvatureError
+from sparsekit.likelihoods import Likelihood
+from sparsekit.objective import Batch, Objective, as_found
+from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.removal import InverseFisher
+
+#: Raised whenever a change here would break plugins; part of every run's identity.
+INTERFACE_VERSION = 1
+
+FisherKind = Literal["sampled", "exact", "empirical"]
+Split = Literal["train", "tuning", "reporting"]
+
+
+class Settings(BaseModel):
+    """Frozen data; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EstimatorSettings(Settings):
+    """What every curvature estimator can be told. An estimator adds its own and may change defaults."""
+
+    damping: float = Field(1e-4, gt=0, allow_inf_nan=False, description="γ, added to the Fisher's diagonal")
+    damping_scale: Literal["absolute", "relative"] = Field(
+        "absolute", description="relative: γ is `damping` times the mean of the Fisher's diagonal"
+    )
+    fisher: FisherKind = Field(
+        "sampled",
+        description="labels sampled from the model, every label weighted exactly, or the data's own (empirical)",
+    )
+    examples: int = Field(1024, ge=1, description="calibration examples for each estimate")
+    batch_size: int = Field(32, ge=1, description="examples in one forward and backward pass")
+
+
+class CurvatureEstimator(ABC):
+    """Estimates Σ ≈ (F + γI)⁻¹; it never touches weights, masks on the model, schedules, files or loggers."""
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[EstimatorSettings]] = EstimatorSettings
+    #: False for an estimator that looks at no example: none are then loaded for it.
+    needs_data: ClassVar[bool] = True
+
+    def __init__(self, space: ParameterSpace, settings: Any) -> None:
+        self.space = space
+        self.settings = settings
+
+    @abstractmethod
+    def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
+        """Assimilate the objective's examples at its present weights; return figures worth recording.
+
+        Called again after each cut or fine-tuning: an estimator refines what it knows, or starts afresh where
+        its method says so. The objective's model is left as it was found.
+        """
+
+    @abstractmethod
+    def inverse(self, damping: float | None = None) -> InverseFisher:
+        """Σ from the statistics so far; another damping reuses them where the method allows."""
+
+    def shrink(self, mask: Mask) -> None:
+        """Follow a cut. By default nothing: removal conditions on removed weights exactly."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that `update` has left behind, as tensors, so that resume equals uninterrupted."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+
+    @classmethod
+    @abstractmethod
+    def memory(cls, space: ParameterSpace, settings: Any) -> int:
+        """Bytes of the state and the largest temporary, before anything is allocated."""
+
+    def resolve_damping(self, damping: float | None, mean_diagonal: float) -> float:
+        """γ as a number in units of the Fisher; `mean_diagonal` is that of F without damping."""
+        if damping is not None:
+            return damping
+        gamma = float(self.settings.damping)
+        if self.settings.damping_scale == "relative":
+            gamma *= mean_diagonal
+        if not gamma > 0:
+            raise CurvatureError(
+                f"damping {self.settings.damping} relative to a mean Fisher diagonal of {mean_diagonal} is not "
+                "positive: the gradients vanish; use damping_scale='absolute'"
+            )
+        return gamma
+
+
+class ScoreContext(ABC):
+    """What a saliency may ask for; what nobody asks for is never computed."""
+
+    @property
+    @abstractmethod
+    def weights(self) -> Tensor:
+        """w, (n,)."""
+
+    @property
+    @abstractmethod
+    def mask(self) -> Mask:
+        """Before the cut."""
+
+    @property
+    @abstractmethod
+    def inverse(self) -> InverseFisher:
+        """Σ."""
+
+    @property
+    @abstractmethod
+    def gradient(self) -> Tensor:
+        """∇L(w), (n,), on the calibration examples."""
+
+    @property
+    @abstractmethod
+    def generator(self) -> torch.Generator:
+        """For saliencies that draw."""
+
+
+class Saliency(ABC):
+    """Scores weights: the lowest are removed first."""
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[Settings]] = Settings
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def score(self, context: ScoreContext) -> Tensor:
+        """(n,) scores; those of removed weights are ignored."""
+
+
+class Schedule(ABC):
+    """How sparsity grows from one level to the next."""
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[Settings]] = Settings
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def sparsities(self, start: float, target: float, steps: int) -> Sequence[float]:
+        """`steps` sparsities, increasing, the last of them `target`; `start` is not among them."""
+
+
+class Pattern(ABC):
+    """Which sets of weights may be removed together."""
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[Settings]] = Settings
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def count(self, space: ParameterSpace, sparsity: float) -> int:
+        """How many weights are removed in all at this sparsity, exactly.
+
+        Raises:
+            SettingsError: the pattern cannot reach the sparsity.
+        """
+
+    @abstractmethod
+    def choose(self, scores: Tensor, mask: Mask, count: int, space: ParameterSpace) -> Tensor:
+        """(n,) bool: the kept weights to remove now, so that `count` are removed in all.
+
+        Ties are broken by index, so that the choice does not depend on a device's sort.
+        """
+
+
+class FinetuneSettings(Settings):
+    """Masked training with momentum SGD after a cut; the same for every method that is compared."""
+
+    epochs: float = Field(0.0, ge=0, description="passes over the training examples after each step; 0: none")
+    learning_rate: float = Field(0.01, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    batch_size: int = Field(128, ge=1)
+    decay: Literal["cosine", "constant"] = Field("cosine", description="of the learning rate within one step")
+
+
+class TaskSettings(Settings):
+    """What every task can be told. A task adds its own."""
+
+    data_dir: str | None = Field(None, description="folder of the data set; --data-dir sets it")
+    checkpoint: str | None = Field(None, description="file of the dense weights; --checkpoint sets it")
+    seed: int = Field(0, description="seed of the dense network's training, where the task trains one")
+
+
+class Task(ABC):
+    """A trained network, its data and how it is measured.
+
+    Construction is cheap and reads nothing but what is needed to say that a file or folder is missing.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[TaskSettings]] = TaskSettings
+    likelihood: Likelihood
+    #: What fine-tuning does unless the run says otherwise.
+    finetune: ClassVar[FinetuneSettings] = FinetuneSettings()  # type: ignore[call-arg]
+    #: The run's default sparsities.
+    sparsity: ClassVar[tuple[float, ...]] = (0.9,)
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """The architecture with untrained weights; reads no data. `--dry-run` needs no more."""
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The trained dense network, on the CPU, in evaluation mode; a new object at each call."""
+
+    @abstractmethod
+    def size(self, split: Split) -> int:
+        """The number of examples of a split."""
+
+    @abstractmethod
+    def batches(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        limit: int | None = None,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
+    ) -> Iterable[Batch]:
+        """Batches of (inputs, targets) on the CPU.
+
+        Args:
+            split: training examples, or the tuning or the reporting half of the test examples.
+            batch_size: the last batch may be short.
+            limit: at most so many examples.
+            generator: a CPU generator; with it the order is random (drawn anew at each iteration), and with
+                `limit` a random subset. Without it, stored order.
+            augment: whether the task's training augmentation is applied; needs the generator.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of the data that the task reads, part of a run's identity."""
+
+    def measure(self, model: nn.Module, split: Split) -> dict[str, float]:
+        """The mean loss, and top-1 accuracy as a fraction where the likelihood has one."""
+        return measure(model, self.likelihood, self.batches(split, batch_size=500))
+
+
+def measure(model: nn.Module, likelihood: Likelihood, batches: Iterable[Batch]) -> dict[str, float]:
+    """The mean loss over the examples, and accuracy in [0, 1] where the likelihood has one."""
+    device = next(model.parameters()).device
+    loss, right, count, has_accuracy = 0.0, 0.0, 0, True
+    with as_found(model), torch.no_grad():
+        for inputs, targets in batches:
+            output, targets = model(inputs.to(device)), targets.to(device)
+            loss += float(likelihood.losses(output, targets).double().sum())
+            accuracy = likelihood.accuracy(output, targets)
+            has_accuracy = accuracy is not None
+            right += float(accuracy.sum()) if accuracy is not None else 0.0
+            count += len(targets)
+    figures = {"loss": loss / max(count, 1)}
+    if has_accuracy:
+        figures["accuracy"] = right / max(count, 1)
+    return figures

@@ -1,0 +1,172 @@
+"""The base of all operators: shapes checked once, and what follows from the products alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import CurvatureError
+from sparsekit.linalg.iterative import ConjugateGradients, conjugate_gradients
+
+
+@dataclass(frozen=True)
+class ConstrainedMinimum:
+    """The minimiser of a quadratic with some coordinates fixed, and what it took.
+
+    Attributes:
+        solution: (n,), exactly the given values on the fixed coordinates.
+        iterations: of conjugate gradients; 0 for a direct solve.
+        residual: relative, as `conjugate_gradients` reports it; 0 for a direct solve.
+    """
+
+    solution: Tensor
+    iterations: int = 0
+    residual: float = 0.0
+
+
+class LinearOperator(ABC):
+    """A symmetric positive definite operator Σ on Rⁿ that knows its inverse H = Σ⁻¹.
+
+    A structure writes four formulas - `_matmul`, `_solve`, `diagonal`, `inverse_diagonal` - and may override
+    what it can do exactly: `conditional_diagonal`, `minimise`.
+
+    Attributes:
+        size: n.
+        dtype, device: of the vectors it takes.
+    """
+
+    #: True where H v is cheap; False where it is itself a solve (then constrained minima use Σ alone).
+    has_direct_solve: bool = True
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.size = size
+        self.dtype = dtype
+        self.device = device
+
+    # -- what a structure writes -------------------------------------------------------------------------
+    @abstractmethod
+    def _matmul(self, X: Tensor) -> Tensor:
+        """Σ X for X (n, k)."""
+
+    @abstractmethod
+    def _solve(self, B: Tensor) -> Tensor:
+        """H B = Σ⁻¹ B for B (n, k)."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Diag Σ, (n,)."""
+
+    @abstractmethod
+    def inverse_diagonal(self) -> Tensor:
+        """Diag H, (n,)."""
+
+    # -- what follows ------------------------------------------------------------------------------------
+    def __matmul__(self, X: Tensor) -> Tensor:
+        """Σ X for X (n,) or (n, k)."""
+        return self._matmul(X) if self._checked(X).dim() == 2 else self._matmul(X[:, None])[:, 0]
+
+    def solve(self, B: Tensor) -> Tensor:
+        """H B for B (n,) or (n, k)."""
+        return self._solve(B) if self._checked(B).dim() == 2 else self._solve(B[:, None])[:, 0]
+
+    def dense(self) -> Tensor:
+        """Σ as (n, n); for tests and small n."""
+        return self @ torch.eye(self.size, dtype=self.dtype, device=self.device)
+
+    def conditional_diagonal(self, kept: Tensor) -> Tensor:
+        """Diag of (H_SS)⁻¹ on the kept coordinates S, zero elsewhere, or the nearest the structure can do.
+
+        (H_SS)⁻¹ is what Σ becomes once the other coordinates are fixed. The default returns diag Σ on S, an
+        upper bound (Σ_SS minus a positive semidefinite matrix); a structure that can be exact overrides it.
+        """
+        return torch.where(kept, self.diagonal(), 0.0)
+
+    def minimise(
+        self,
+        fixed: Tensor,
+        values: Tensor,
+        linear: Tensor | None = None,
+        *,
+        start: Tensor | None = None,
+        tolerance: float = 1e-4,
+        max_iterations: int = 1000,
+    ) -> ConstrainedMinimum:
+        """Minimise cᵀx + ½ xᵀH x subject to x_C = values_C.
+
+        With S the free coordinates: H_SS x_S = −H_SC values_C − c_S (free side), or, with c = 0,
+        x = Σ_{:C} (Σ_CC)⁻¹ values_C (fixed side). The smaller side is solved by conjugate gradients,
+        preconditioned by its diagonal. A start or a linear term asks for the free side.
+
+        Args:
+            fixed: (n,) bool, C.
+            values: (n,); only the entries in C count.
+            linear: c, (n,); zero by default.
+            start: (n,), a first guess for the free coordinates.
+            tolerance: see `conjugate_gradients`.
+            max_iterations: see `conjugate_gradients`.
+
+        Raises:
+            CurvatureError: no convergence within `max_iterations`.
+        """
+        self._checked(values)
+        target = torch.where(fixed, values.to(self.dtype), 0.0)
+        if linear is not None:
+            linear = linear.to(self.dtype)
+        free_side = self.has_direct_solve and (
+            linear is not None or start is not None or int(fixed.count_nonzero()) > self.size // 2
+        )
+        if free_side:
+            solution, report = self._minimise_free(fixed, target, linear, start, tolerance, max_iterations)
+        else:
+            solution, report = self._minimise_fixed(fixed, target, linear, tolerance, max_iterations)
+        if not report.converged and not report.residual <= 100 * tolerance:
+            raise CurvatureError(
+                f"conjugate gradients stopped after {report.iterations} iterations with the relative residual "
+                f"{report.residual:.1e} ({tolerance:.0e} was asked for); raise the damping"
+            )
+        return ConstrainedMinimum(solution, report.iterations, report.residual)
+
+    def _minimise_free(
+        self,
+        fixed: Tensor,
+        target: Tensor,
+        linear: Tensor | None,
+        start: Tensor | None,
+        tolerance: float,
+        max_iterations: int,
+    ) -> tuple[Tensor, ConjugateGradients]:
+        free = (~fixed).to(self.dtype)
+        right = -self.solve(target) if linear is None else -(self.solve(target) + linear)
+        scale = free / self.inverse_diagonal()
+        report = conjugate_gradients(
+            lambda v: free * self.solve(free * v),
+            free * right,
+            preconditioner=lambda v: scale * v,
+            start=None if start is None else free * start,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+        )
+        return torch.where(fixed, target, report.solution), report
+
+    def _minimise_fixed(
+        self, fixed: Tensor, target: Tensor, linear: Tensor | None, tolerance: float, max_iterations: int
+    ) -> tuple[Tensor, ConjugateGradients]:
+        held = fixed.to(self.dtype)
+        offset = torch.zeros_like(target) if linear is None else -(self @ linear)
+        scale = held / self.diagonal()
+        report = conjugate_gradients(
+            lambda v: held * (self @ (held * v)),
+            held * (target - offset),
+            preconditioner=lambda v: scale * v,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+        )
+        return torch.where(fixed, target, offset + self @ report.solution), report
+
+    def _checked(self, X: Tensor) -> Tensor:
+        if X.dim() not in (1, 2) or X.shape[0] != self.size:
+            raise ValueError(f"({self.size},) or ({self.size}, k) was needed, {tuple(X.shape)} was given")
+        return X

@@ -1,0 +1,221 @@
+"""Which weights are pruned, in which flat order, and which of them are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.errors import ModelError
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """One prunable tensor and its place in the flat vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+    @property
+    def slice(self) -> slice:
+        """Where the tensor lies in the flat vector."""
+        return slice(self.start, self.start + self.size)
+
+
+class ParameterSpace:
+    """The prunable tensors of a model as one flat vector, in the order of `named_parameters`.
+
+    This class alone knows how tensors and the flat vector w ∈ Rⁿ correspond. It holds names and shapes,
+    no model and no values.
+
+    Attributes:
+        parameters: the tensors, in flat order.
+        skipped: name -> why the parameter is not pruned.
+        size: n, the number of prunable weights.
+        total: the number of all parameters of the model, prunable or not.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        skipped: Mapping[str, str] | None = None,
+        total: int | None = None,
+    ) -> None:
+        infos, start = [], 0
+        for name, shape in shapes.items():
+            infos.append(ParameterInfo(name, tuple(shape), start))
+            start += infos[-1].size
+        self.parameters: tuple[ParameterInfo, ...] = tuple(infos)
+        self.size = start
+        self.skipped = dict(skipped or {})
+        self.total = start if total is None else total
+        self._by_name = {info.name: info for info in infos}
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, *, include: Iterable[str] | None = None, exclude: Iterable[str] = ()
+    ) -> ParameterSpace:
+        """The prunable parameters of a model.
+
+        Args:
+            model: any module; a parameter used in several places (tied) counts once, under its first name.
+            include: shell patterns on parameter names (`layer3.*`); without it, every floating-point
+                parameter of two or more dimensions: weights, not biases or normalisation.
+            exclude: shell patterns that win over `include`.
+
+        Raises:
+            ModelError: nothing is left to prune, or a pattern matches no parameter.
+        """
+        named = dict(model.named_parameters())
+        include = None if include is None else tuple(include)
+        exclude = tuple(exclude)
+        for pattern in (*(include or ()), *exclude):
+            if not any(fnmatchcase(name, pattern) for name in named):
+                raise ModelError(
+                    f"the pattern '{pattern}' matches no parameter; "
+                    f"the model has: {', '.join(named) or 'no parameters'}"
+                )
+        shapes, skipped = {}, {}
+        for name, tensor in named.items():
+            reason = _why_skipped(name, tensor, include, exclude)
+            if reason is None:
+                shapes[name] = tuple(tensor.shape)
+            else:
+                skipped[name] = reason
+        if not shapes:
+            reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "it has no parameters"
+            raise ModelError(f"the model has no prunable parameter ({reasons}); include some by name")
+        return cls(shapes, skipped=skipped, total=sum(t.numel() for t in named.values()))
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    def __getitem__(self, name: str) -> ParameterInfo:
+        return self._by_name[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ParameterSpace) and self.parameters == other.parameters
+
+    def __hash__(self) -> int:
+        return hash(self.parameters)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names, in flat order."""
+        return tuple(info.name for info in self.parameters)
+
+    def tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The model's own prunable parameters, by name.
+
+        Raises:
+            ModelError: the model lacks one of them, or its shape differs.
+        """
+        named = dict(model.named_parameters())
+        for info in self.parameters:
+            found = named.get(info.name)
+            if found is None or tuple(found.shape) != info.shape:
+                what = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+                raise ModelError(f"parameter '{info.name}' of shape {info.shape} was expected; it {what}")
+        return {info.name: named[info.name] for info in self.parameters}
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tensors by name -> one vector (n,)."""
+        return torch.cat([tensors[info.name].reshape(-1) for info in self.parameters])
+
+    def flatten_rows(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tensors (b, *shape) by name -> rows (b, n)."""
+        return torch.cat([tensors[info.name].flatten(1) for info in self.parameters], dim=1)
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector (n,) -> views of it by name, in the parameters' shapes."""
+        self.check(vector)
+        return {info.name: vector[info.slice].view(info.shape) for info in self.parameters}
+
+    def check(self, vector: Tensor) -> None:
+        """Refuse what is not a vector of this space."""
+        if vector.shape != (self.size,):
+            raise ValueError(f"a vector of shape ({self.size},) was needed, {tuple(vector.shape)} was given")
+
+    def read(self, model: nn.Module) -> Tensor:
+        """A copy of the model's prunable weights, (n,)."""
+        return self.flatten({name: p.detach() for name, p in self.tensors(model).items()})
+
+    @torch.no_grad()
+    def write(self, model: nn.Module, weights: Tensor) -> None:
+        """Set the model's prunable weights from (n,), in place."""
+        parts = self.unflatten(weights)
+        for name, parameter in self.tensors(model).items():
+            parameter.copy_(parts[name])
+
+
+def _why_skipped(
+    name: str, tensor: Tensor, include: tuple[str, ...] | None, exclude: tuple[str, ...]
+) -> str | None:
+    if any(fnmatchcase(name, pattern) for pattern in exclude):
+        return "excluded by name"
+    if not tensor.is_floating_point():
+        return f"not floating point ({tensor.dtype})"
+    if include is not None:
+        return None if any(fnmatchcase(name, pattern) for pattern in include) else "not included by name"
+    return None if tensor.dim() >= 2 else "fewer than two dimensions (bias or normalisation)"
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which weights of a space are kept: `kept` (n,) bool, True = kept. Immutable.
+
+    A mask is explicit: a weight that happens to be zero is not removed, a removed weight is in no other
+    way special than by its place here.
+    """
+
+    kept: Tensor
+
+    def __post_init__(self) -> None:
+        if self.kept.dtype != torch.bool or self.kept.dim() != 1:
+            raise ValueError(f"a mask is a bool vector, {self.kept.dtype} of shape {tuple(self.kept.shape)} given")
+
+    @classmethod
+    def full(cls, size: int, device: torch.device | str | None = None) -> Self:
+        """The mask that keeps all `size` weights."""
+        return cls(torch.ones(size, dtype=torch.bool, device=device))
+
+    @property
+    def removed(self) -> Tensor:
+        """(n,) bool, True = removed."""
+        return ~self.kept
+
+    @property
+    def removed_count(self) -> int:
+        """How many weights are removed."""
+        return int(self.kept.numel() - self.kept.count_nonzero())
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction removed, in [0, 1]."""
+        return self.removed_count / self.kept.numel()
+
+    def without(self, chosen: Tensor) -> Mask:
+        """This mask less the weights where `chosen` (n,) bool is True."""
+        return Mask(self.kept & ~chosen)
+
+    @torch.no_grad()
+    def apply(self, space: ParameterSpace, model: nn.Module) -> None:
+        """Set the removed weights of the model to zero, in place."""
+        for name, parameter in space.tensors(model).items():
+            kept = self.kept[space[name].slice].view(parameter.shape)
+            parameter.masked_fill_(~kept.to(parameter.device), 0.0)

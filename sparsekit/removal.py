@@ -1,0 +1,144 @@
+"""Removal: which change of the weights goes with a cut, and what the quadratic model says it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import CurvatureError, SettingsError
+from sparsekit.linalg import LinearOperator
+from sparsekit.parameters import Mask
+
+Compensation = Literal["joint", "independent", "none"]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A cut and the move that goes with it.
+
+    Attributes:
+        delta: (n,), to be added to the weights; exactly −w on every weight removed now or before.
+        increase: ½ δᵀHδ + gᵀδ, the quadratic model's loss increase for this δ, in units of the mean loss.
+        iterations: conjugate-gradient iterations of the solve; 0 where it was direct.
+        residual: its relative residual; 0 where it was direct.
+    """
+
+    delta: Tensor
+    increase: float
+    iterations: int = 0
+    residual: float = 0.0
+
+
+class InverseFisher:
+    """Σ ≈ (F + γI)⁻¹ on Rⁿ, as an estimator returns it: an operator and the damping it contains.
+
+    Attributes:
+        operator: Σ, with its solve, diagonals and constrained minima.
+        damping: γ, in units of the Fisher information.
+    """
+
+    def __init__(self, operator: LinearOperator, damping: float) -> None:
+        self.operator = operator
+        self.damping = damping
+
+    @property
+    def size(self) -> int:
+        """n."""
+        return self.operator.size
+
+    def __matmul__(self, X: Tensor) -> Tensor:
+        """Σ X, for X (n,) or (n, k)."""
+        return (self.operator @ X.to(self.operator.dtype)).to(X.dtype)
+
+    def precision(self, X: Tensor) -> Tensor:
+        """H X = Σ⁻¹ X, for X (n,) or (n, k)."""
+        return self.operator.solve(X.to(self.operator.dtype)).to(X.dtype)
+
+    def diagonal(self, mask: Mask | None = None) -> Tensor:
+        """Diag Σ, (n,); with a mask, conditioned on the removed weights as far as the structure can.
+
+        Zero on removed weights, positive elsewhere.
+
+        Raises:
+            CurvatureError: an entry that should be positive is not. Nothing may be ranked by it: negative
+                entries would be removed first.
+        """
+        kept = None if mask is None else mask.kept
+        diagonal = self.operator.diagonal() if kept is None else self.operator.conditional_diagonal(kept)
+        inside = diagonal if kept is None else diagonal[kept]
+        if inside.numel() and not bool((inside > 0).all() & inside.isfinite().all()):
+            raise CurvatureError(
+                f"the inverse Fisher's diagonal has {int((~(inside > 0)).sum())} entries of {inside.numel()} "
+                f"that are not positive at damping {self.damping:.1e}; raise the damping"
+            )
+        return diagonal
+
+    def remove(
+        self,
+        weights: Tensor,
+        mask: Mask,
+        chosen: Tensor,
+        how: Compensation = "joint",
+        gradient: Tensor | None = None,
+    ) -> Removal:
+        """Remove the chosen weights and move the others as `how` says.
+
+        With Q = chosen, R = removed before, C = Q ∪ R, S the survivors, t = −w on Q and 0 on R:
+
+        - joint: δ minimises gᵀδ + ½ δᵀHδ subject to δ_C = t, that is δ = Σ_{:C} (Σ_CC)⁻¹ t for g = 0.
+        - independent: δ = −Σ_{i∈Q} Σ_{:i} w_i / Σ_ii, then δ_C = t: the sum of single-weight solutions, as
+          WoodFisher and oBERT publish it.
+        - none: δ_C = t only.
+
+        Args:
+            weights: w, (n,), zero on R.
+            mask: before the cut.
+            chosen: (n,) bool, kept weights to be removed now.
+            how: see above.
+            gradient: g, (n,); the model's first-order term, taken as zero by default.
+
+        Raises:
+            CurvatureError: the joint solve does not converge, or the result is not finite.
+
+        Reference: Hassibi and Stork, 1993; Singh and Alistarh, 2020 (independent).
+        """
+        if how not in get_args(Compensation):
+            raise SettingsError(f"compensation '{how}' is not one of {', '.join(get_args(Compensation))}")
+        if bool((chosen & mask.removed).any()):
+            raise ValueError("weights that were removed before cannot be chosen again")
+        dtype = self.operator.dtype
+        target = torch.where(chosen, -weights, 0.0).to(dtype)
+        linear = None if gradient is None else gradient.to(dtype)
+        fixed = chosen | mask.removed
+        iterations, residual = 0, 0.0
+        if how == "none":
+            delta = target
+        elif how == "independent":
+            delta = self._independent(target, fixed)
+        else:
+            minimum = self.operator.minimise(fixed, target, linear)
+            delta, iterations, residual = minimum.solution, minimum.iterations, minimum.residual
+        increase = self.increase(delta, linear)
+        if how == "joint" and (without := self.increase(target, linear)) < increase:
+            # An unfinished solve on the fixed side is not feasible by itself; what is applied still has to be
+            # the better of the two.
+            delta, increase = target, without
+        if not bool(delta.isfinite().all()) or increase != increase:
+            raise CurvatureError(f"the update at damping {self.damping:.1e} is not finite; raise the damping")
+        delta = torch.where(fixed, target, delta).to(weights.dtype)
+        return Removal(torch.where(chosen, -weights, delta), increase, iterations, residual)
+
+    def increase(self, delta: Tensor, gradient: Tensor | None = None) -> float:
+        """gᵀδ + ½ δᵀHδ for δ (n,), in units of the mean loss."""
+        delta = delta.to(self.operator.dtype)
+        value = 0.5 * torch.dot(delta.double(), self.operator.solve(delta).double())
+        if gradient is not None:
+            value = value + torch.dot(gradient.double(), delta.double())
+        return float(value)
+
+    def _independent(self, target: Tensor, fixed: Tensor) -> Tensor:
+        spread = self.operator @ (target / self.operator.diagonal())
+        return torch.where(fixed, target, spread)
