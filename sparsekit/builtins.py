@@ -1,0 +1,41 @@
+"""What the core itself registers, through the same hooks as any plugin."""
+
+from collections.abc import Sequence
+
+from sparsekit.estimators import DiagonalFisher, Identity
+from sparsekit.hookspecs import hookimpl
+from sparsekit.interfaces import CurvatureEstimator, Pattern, Saliency, Schedule, Task
+from sparsekit.patterns import NM, Uniform, Unstructured
+from sparsekit.saliencies import Magnitude, OptimalBrainSurgeon, Random
+from sparsekit.schedules import Cubic, Exponential, Linear, OneShot
+from sparsekit.tasks import Cifar10, Digits
+
+
+@hookimpl
+def sparsekit_estimators() -> Sequence[type[CurvatureEstimator]]:
+    """`identity` and `diagonal`."""
+    return [Identity, DiagonalFisher]
+
+
+@hookimpl
+def sparsekit_saliencies() -> Sequence[type[Saliency]]:
+    """`magnitude`, `random` and `obs`."""
+    return [Magnitude, Random, OptimalBrainSurgeon]
+
+
+@hookimpl
+def sparsekit_schedules() -> Sequence[type[Schedule]]:
+    """`one-shot`, `cubic`, `linear` and `exponential`."""
+    return [OneShot, Cubic, Linear, Exponential]
+
+
+@hookimpl
+def sparsekit_patterns() -> Sequence[type[Pattern]]:
+    """`unstructured`, `uniform` and `n:m`."""
+    return [Unstructured, Uniform, NM]
+
+
+@hookimpl
+def sparsekit_tasks() -> Sequence[type[Task]]:
+    """`digits` and `cifar10`."""
+    return [Digits, Cifar10]

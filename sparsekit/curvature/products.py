@@ -1,0 +1,55 @@
+"""Products with the Gauss-Newton matrix of the whole network, without forming it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsekit.objective import Objective, as_found, some
+
+
+class GaussNewton:
+    """v ↦ F v with F = (1/N) Σ_n J_nᵀ Λ_n J_n over all the space's weights, cross-layer parts included.
+
+    One forward-mode and one reverse-mode pass for each batch and vector. For likelihoods of the exponential
+    family with natural parameters this is the Fisher information.
+
+    Reference: Schraudolph, 2002.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        """F V for V (n,) or (n, k)."""
+        columns = V[:, None] if V.dim() == 1 else V
+        total = torch.zeros_like(columns)
+        count = 0
+        model, space = self.objective.model, self.objective.space
+        with as_found(model):
+            named = {name: p.detach() for name, p in model.named_parameters()}
+            primals = {name: named[name] for name in space.names}
+            rest = {name: p for name, p in named.items() if name not in primals} | dict(model.named_buffers())
+            for inputs, _ in self.objective.on_device():
+
+                def forward(values: dict[str, Tensor], inputs: Tensor = inputs) -> Tensor:
+                    return torch.func.functional_call(model, (values, rest), (inputs,))  # type: ignore[no-any-return]
+
+                output, pull = torch.func.vjp(forward, primals)
+                for k in range(columns.shape[1]):
+                    tangent = space.unflatten(columns[:, k].contiguous())
+                    _, pushed = torch.func.jvp(forward, (primals,), (tangent,))
+                    (gradient,) = pull(self._output_curvature(output, pushed))
+                    total[:, k] += space.flatten(gradient)
+                count += len(output)
+        return (total / some(count)).view_as(V)
+
+    def _output_curvature(self, output: Tensor, tangent: Tensor) -> Tensor:
+        """Λ_n tangent_n for each example: the loss's Hessian in the outputs, by the likelihood's columns."""
+        likelihood = self.objective.likelihood
+        scale = likelihood.score_scale(likelihood.positions(output)) ** 2
+        image = torch.zeros_like(tangent)
+        for column in likelihood.root_columns(output):
+            inner = (column * tangent).flatten(1).sum(1)
+            image = image + column * inner.view(-1, *([1] * (tangent.dim() - 1)))
+        return scale * image

@@ -1,0 +1,96 @@
+"""The built-in curvature estimators: the identity and the diagonal of the Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sparsekit.curvature import gradient_rows
+from sparsekit.errors import CurvatureError
+from sparsekit.interfaces import CurvatureEstimator, EstimatorSettings
+from sparsekit.linalg import Diagonal
+from sparsekit.objective import Objective, some
+from sparsekit.parameters import ParameterSpace
+from sparsekit.removal import InverseFisher
+
+
+class Identity(CurvatureEstimator):
+    """F = I: every weight counts alike. OBS saliency on it is magnitude, compensation moves nothing."""
+
+    name: ClassVar[str] = "identity"
+    needs_data: ClassVar[bool] = False
+
+    def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
+        """Nothing to learn; only the device and type of number are taken note of."""
+        self._like = torch.empty(0, dtype=objective.dtype, device=objective.device)
+        return {}
+
+    def inverse(self, damping: float | None = None) -> InverseFisher:
+        """Σ = I; damping would only scale it."""
+        return InverseFisher(Diagonal(self._like.new_ones(self.space.size)), 0.0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """One empty tensor that knows device and type."""
+        return {"like": self._like}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        self._like = state["like"]
+
+    @classmethod
+    def memory(cls, space: ParameterSpace, settings: Any) -> int:
+        """One vector."""
+        return 4 * space.size
+
+
+class DiagonalFisherSettings(EstimatorSettings):
+    """Settings of `diagonal`."""
+
+    decay: float = Field(
+        0.0, ge=0, lt=1, description="weight of earlier estimates at a refresh; 0: each refresh starts afresh"
+    )
+
+
+class DiagonalFisher(CurvatureEstimator):
+    """Σ_ii = 1/(F_ii + γ). OBS on it is Optimal Brain Damage up to damping (LeCun et al., 1990)."""
+
+    name: ClassVar[str] = "diagonal"
+    Settings: ClassVar[type[EstimatorSettings]] = DiagonalFisherSettings
+
+    def __init__(self, space: ParameterSpace, settings: DiagonalFisherSettings) -> None:
+        super().__init__(space, settings)
+        self._diagonal: Tensor | None = None
+
+    def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
+        """F_ii from the squares of gradient rows, mixed with what was known by `decay`."""
+        total = torch.zeros(self.space.size, dtype=torch.float64, device=objective.device)
+        for rows in gradient_rows(objective, self.settings.fisher, generator=generator):
+            total += rows.square().sum(0)
+        new = (total / some(objective.count())).to(objective.dtype)
+        old, decay = self._diagonal, self.settings.decay
+        self._diagonal = new if old is None else decay * old + (1 - decay) * new
+        return {"mean_diagonal": float(self._diagonal.double().mean())}
+
+    def inverse(self, damping: float | None = None) -> InverseFisher:
+        """Σ = diag(1/(F + γ))."""
+        if self._diagonal is None:
+            raise CurvatureError("the estimator has seen no examples; call update first")
+        gamma = self.resolve_damping(damping, float(self._diagonal.double().mean()))
+        return InverseFisher(Diagonal((self._diagonal + gamma).reciprocal()), gamma)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The diagonal, once there is one."""
+        return {} if self._diagonal is None else {"diagonal": self._diagonal}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        self._diagonal = state.get("diagonal")
+
+    @classmethod
+    def memory(cls, space: ParameterSpace, settings: Any) -> int:
+        """The diagonal twice (float64 while accumulating), and one batch of rows."""
+        return space.size * (8 + 4 + 4 * settings.batch_size)

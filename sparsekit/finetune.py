@@ -1,0 +1,95 @@
+"""Masked training: momentum SGD that keeps removed weights at zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from sparsekit.errors import CurvatureError
+from sparsekit.interfaces import FinetuneSettings
+from sparsekit.likelihoods import Likelihood
+from sparsekit.objective import Batch
+from sparsekit.parameters import Mask, ParameterSpace
+
+
+def finetune(
+    model: nn.Module,
+    likelihood: Likelihood,
+    batches: Callable[[], Iterable[Batch]],
+    space: ParameterSpace,
+    mask: Mask,
+    settings: FinetuneSettings,
+    *,
+    examples: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Train all of the model's parameters in place; removed weights stay zero.
+
+    The mask is applied again after every optimiser step and the momentum of removed weights cleared, so that
+    neither weight decay nor momentum brings one back. Batch norm runs in training mode.
+
+    Args:
+        model: trained in place, left in its own mode.
+        likelihood: the loss.
+        batches: called once an epoch; gives that epoch's batches.
+        space: the prunable weights.
+        mask: over them.
+        settings: the recipe.
+        examples: how many training examples an epoch has, to know the number of steps.
+        progress: called with (steps done, steps in all).
+
+    Returns:
+        The number of optimiser steps taken.
+
+    Raises:
+        CurvatureError: the loss is not finite.
+    """
+    total = math.ceil(settings.epochs * math.ceil(examples / settings.batch_size))
+    if total == 0:
+        return 0
+    optimiser = torch.optim.SGD(
+        model.parameters(),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    decay = (lambda t: 0.5 * (1 + math.cos(math.pi * t / total))) if settings.decay == "cosine" else (lambda t: 1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, decay)
+    device = next(model.parameters()).device
+    tensors = space.tensors(model)
+    gone = {name: mask.removed[space[name].slice].view(p.shape) for name, p in tensors.items()}
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    taken = 0
+    try:
+        while taken < total:
+            for inputs, targets in batches():
+                optimiser.zero_grad(set_to_none=True)
+                loss = likelihood.losses(model(inputs.to(device)), targets.to(device)).mean()
+                if not bool(loss.isfinite()):
+                    raise CurvatureError(
+                        f"the loss became {float(loss)} in fine-tuning step {taken}; "
+                        "lower finetune.learning_rate"
+                    )
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+                schedule.step()
+                with torch.no_grad():
+                    for name, parameter in tensors.items():
+                        parameter.masked_fill_(gone[name], 0.0)
+                        momentum = optimiser.state[parameter].get("momentum_buffer")
+                        if momentum is not None:
+                            momentum.masked_fill_(gone[name], 0.0)
+                taken += 1
+                if progress is not None:
+                    progress(taken, total)
+                if taken == total:
+                    break
+    finally:
+        optimiser.zero_grad(set_to_none=True)
+        for module, training in modes.items():
+            module.training = training
+    return taken

@@ -1,0 +1,278 @@
+"""The pruning loop: refresh, score, choose, remove, fine-tune. A generator of events; no files, no MLflow."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.errors import CurvatureError
+from sparsekit.finetune import finetune
+from sparsekit.interfaces import CurvatureEstimator, FinetuneSettings, Pattern, Saliency, ScoreContext
+from sparsekit.likelihoods import Likelihood
+from sparsekit.objective import Batch, Objective
+from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.removal import Compensation, InverseFisher
+from sparsekit.schedules import Step
+
+Metrics = Mapping[str, float]
+
+
+# -- events ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class DenseMeasured:
+    """The dense network, before anything is done to it."""
+
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class PhaseStarted:
+    """A phase of a step begins: 'curvature', 'removal', 'finetune' or 'measure'."""
+
+    phase: str
+    step: Step
+
+
+@dataclass(frozen=True)
+class StepCompleted:
+    """A step is over; the model and the mask are what a checkpoint should hold.
+
+    Attributes:
+        step: the plan's step.
+        removed: weights removed in all.
+        damping: γ of the inverse used.
+        curvature: figures of the estimator, empty without a refresh.
+        predicted_increase, measured_increase: of the mean loss on the calibration examples, by this cut.
+        iterations, residual: of the joint solve.
+        pruned, finetuned: metrics after each phase, where measured.
+        layer_sparsity: by parameter.
+        seconds: by phase.
+    """
+
+    step: Step
+    removed: int
+    damping: float
+    curvature: Metrics
+    predicted_increase: float
+    measured_increase: float
+    iterations: int
+    residual: float
+    pruned: Metrics | None
+    finetuned: Metrics | None
+    layer_sparsity: Metrics
+    seconds: Metrics
+
+
+Event = DenseMeasured | PhaseStarted | StepCompleted
+
+
+@dataclass
+class PrunerState:
+    """What the next step needs, and a checkpoint holds. The model's own state travels beside it."""
+
+    next_step: int = 0
+    mask: Mask | None = None
+    dense: Metrics | None = None
+
+
+@dataclass
+class Pruner:
+    """Prunes a model in place along a plan.
+
+    Attributes:
+        model: pruned in place.
+        space: its prunable weights.
+        likelihood: the loss.
+        estimator: kept across steps.
+        saliency, pattern, compensation: how a cut is made.
+        steps: the plan.
+        calibration: generator -> batches for one curvature estimate.
+        seed: of everything random; draws of one step do not depend on those of another.
+        measure: model -> metrics.
+        finetune_settings, training, training_size: the recipe; generator -> an epoch's batches; their number.
+        progress: called with (phase, done, total) on long work.
+    """
+
+    model: nn.Module
+    space: ParameterSpace
+    likelihood: Likelihood
+    estimator: CurvatureEstimator
+    saliency: Saliency
+    pattern: Pattern
+    compensation: Compensation
+    steps: Sequence[Step]
+    calibration: Callable[[torch.Generator], Sequence[Batch]]
+    measure: Callable[[nn.Module], Metrics]
+    seed: int = 0
+    finetune_settings: FinetuneSettings = field(default_factory=FinetuneSettings)
+    training: Callable[[torch.Generator], Iterable[Batch]] | None = None
+    training_size: int = 0
+    progress: Callable[[str, int, int], None] | None = None
+    state: PrunerState = field(default_factory=PrunerState)
+
+    def __post_init__(self) -> None:
+        # What a restart goes back to. A pruner is made with the dense model, so a resumed one knows it too.
+        restarts = any(step.restart for step in self.steps)
+        self._dense = {name: t.clone() for name, t in self.model.state_dict().items()} if restarts else {}
+
+    def restore(self, weights: Mapping[str, Tensor], estimator: Mapping[str, Tensor], state: PrunerState) -> None:
+        """Go on from a checkpoint: the model's and the estimator's state after `state.next_step` steps."""
+        self.model.load_state_dict(dict(weights))
+        self.estimator.load_state_dict(estimator)
+        self.state = state
+
+    def run(self) -> Iterator[Event]:
+        """Do the steps from `state.next_step` on; after each, `state` and the model are consistent."""
+        device = next(self.model.parameters()).device
+        state = self.state
+        if state.mask is None:
+            state.mask = Mask.full(self.space.size, device)
+        if state.dense is None:
+            state.dense = self.measure(self.model)
+            yield DenseMeasured(state.dense)
+        for step in self.steps[state.next_step :]:
+            yield from self._step(step, device)
+
+    def _step(self, step: Step, device: torch.device) -> Iterator[Event]:
+        state = self.state
+        assert state.mask is not None
+        clock = _Clock(device)
+        if step.restart:
+            self.model.load_state_dict(self._dense)
+            state.mask = Mask.full(self.space.size, device)
+            self.estimator.shrink(state.mask)
+
+        yield PhaseStarted("curvature", step)
+        calibration = self.calibration(self._generator("calibration", self._refresh_index(step)))
+        objective = Objective(self.model, self.likelihood, calibration, self.space)
+        curvature: Metrics = {}
+        if step.refresh:
+            generator = self._generator("labels", step.index, device)
+            curvature = self.estimator.update(objective, generator=generator)
+        inverse = self.estimator.inverse()
+        clock.lap("curvature")
+
+        yield PhaseStarted("removal", step)
+        weights, mask = self.space.read(self.model), state.mask
+        context = _Context(weights, mask, inverse, objective, self._generator("saliency", step.index, device))
+        scores = self.saliency.score(context)
+        if not bool(scores[mask.kept].isfinite().all()):
+            raise CurvatureError(f"the saliency '{self.saliency.name}' gave scores that are not finite")
+        count = self.pattern.count(self.space, step.sparsity)
+        chosen = self.pattern.choose(scores, mask, count, self.space)
+        before = objective.loss() if calibration else float("nan")
+        removal = inverse.remove(weights, mask, chosen, self.compensation)
+        state.mask = mask.without(chosen)
+        self.space.write(self.model, weights + removal.delta)
+        state.mask.apply(self.space, self.model)
+        self.estimator.shrink(state.mask)
+        clock.lap("removal")
+        after = objective.loss() if calibration else float("nan")
+
+        yield PhaseStarted("measure", step)
+        pruned = self.measure(self.model) if step.level is not None or step.finetune else None
+        clock.lap("measure")
+        finetuned = None
+        if step.finetune and self.training is not None:
+            yield PhaseStarted("finetune", step)
+            self._finetune(step)
+            clock.lap("finetune")
+            finetuned = self.measure(self.model)
+            clock.lap("measure")
+        state.next_step = step.index + 1
+        yield StepCompleted(
+            step=step,
+            removed=state.mask.removed_count,
+            damping=inverse.damping,
+            curvature=curvature,
+            predicted_increase=removal.increase,
+            measured_increase=after - before,
+            iterations=removal.iterations,
+            residual=removal.residual,
+            pruned=pruned,
+            finetuned=finetuned,
+            layer_sparsity={
+                info.name: Mask(state.mask.kept[info.slice]).sparsity for info in self.space.parameters
+            },
+            seconds=clock.seconds,
+        )
+
+    def _finetune(self, step: Step) -> None:
+        training, mask = self.training, self.state.mask
+        assert training is not None and mask is not None
+        generator = self._generator("finetune", step.index)
+        report = None if self.progress is None else (lambda done, of: self.progress("finetune", done, of))  # type: ignore[misc]
+        finetune(
+            self.model,
+            self.likelihood,
+            lambda: training(generator),
+            self.space,
+            mask,
+            self.finetune_settings,
+            examples=self.training_size,
+            progress=report,
+        )
+
+    def _refresh_index(self, step: Step) -> int:
+        """The step whose calibration examples are in use: the last one that refreshed."""
+        return max((s.index for s in self.steps[: step.index + 1] if s.refresh), default=0)
+
+    def _generator(self, purpose: str, index: int, device: torch.device | None = None) -> torch.Generator:
+        """A generator of its own for each purpose and step, so that resuming needs no generator's state."""
+        digest = hashlib.sha256(f"{self.seed}/{purpose}/{index}".encode()).digest()
+        generator = torch.Generator(device or torch.device("cpu"))
+        generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return generator
+
+
+class _Context(ScoreContext):
+    def __init__(
+        self, weights: Tensor, mask: Mask, inverse: InverseFisher, objective: Objective, generator: torch.Generator
+    ) -> None:
+        self._weights, self._mask, self._inverse = weights, mask, inverse
+        self._objective, self._generator = objective, generator
+
+    @property
+    def weights(self) -> Tensor:
+        return self._weights
+
+    @property
+    def mask(self) -> Mask:
+        return self._mask
+
+    @property
+    def inverse(self) -> InverseFisher:
+        return self._inverse
+
+    @cached_property
+    def gradient(self) -> Tensor:  # type: ignore[override]
+        return self._objective.gradient()
+
+    @property
+    def generator(self) -> torch.Generator:
+        return self._generator
+
+
+class _Clock:
+    """Seconds by phase; waits for the device, so that a phase pays for its own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = self._now()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now

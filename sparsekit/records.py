@@ -1,0 +1,353 @@
+"""What a run leaves on disk: its record, settings, weights and mask, and checkpoints while it runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsekit.errors import RecordError
+from sparsekit.parameters import Mask, ParameterSpace
+
+#: Raised whenever a field below changes its name, meaning or unit; part of every run's identity.
+SCHEMA_VERSION = 1
+
+
+class _Schema(BaseModel):
+    # Strict JSON has no infinity: it is written as the string "Infinity" and read back as a float.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class LevelRecord(_Schema):
+    """What was reached at one of the sparsities that were asked for."""
+
+    sparsity: float = Field(description="asked for, as a fraction of the prunable weights")
+    achieved: float = Field(description="removed, as a fraction of the prunable weights")
+    achieved_total: float = Field(description="removed, as a fraction of all parameters of the model")
+    pruned: dict[str, float] = Field(description="metrics after the cut, before fine-tuning")
+    finetuned: dict[str, float] | None = Field(description="metrics after fine-tuning; null: there was none")
+    predicted_increase: float = Field(description="of the mean loss per example, by the quadratic model")
+    measured_increase: float = Field(description="of the mean loss per example, over the same cuts")
+    layer_sparsity: dict[str, float] = Field(description="fraction removed, by parameter name")
+
+
+class StepRecord(_Schema):
+    """One cut on the way to a level."""
+
+    index: int = Field(ge=0, description="from 0, over the whole run")
+    sparsity: float = Field(description="after the step, as a fraction of the prunable weights")
+    removed: int = Field(ge=0, description="weights removed in all after the step")
+    refreshed: bool = Field(description="whether the curvature was estimated anew for this step")
+    curvature: dict[str, float] = Field(description="the figures that the estimator returned")
+    damping: float = Field(description="γ in units of the Fisher")
+    predicted_increase: float = Field(description="of the mean loss per example, by the quadratic model")
+    measured_increase: float = Field(description="of the mean loss on the calibration examples")
+    iterations: int = Field(ge=0, description="of conjugate gradients; 0 where the removal was direct")
+    residual: float = Field(description="relative, at the end of conjugate gradients")
+    pruned: dict[str, float] | None = Field(description="metrics after the cut; null: not measured")
+    finetuned: dict[str, float] | None = Field(description="metrics after fine-tuning; null: there was none")
+    seconds: dict[str, float] = Field(description="wall-clock time, by part of the step")
+
+
+class RunRecord(_Schema):
+    """The whole of `record.json`: what was run, on what, and what came out."""
+
+    schema_version: int = SCHEMA_VERSION
+    key: str = Field(description="SHA-256 of the identity, in hexadecimal")
+    task: str
+    estimator: str
+    settings: dict[str, Any] = Field(description="resolved: every default written out")
+    identity: dict[str, Any] = Field(description="everything that was hashed into the key")
+    started: str = Field(description="ISO 8601, UTC")
+    finished: str | None = Field(None, description="ISO 8601, UTC; null while running")
+    machine: dict[str, str] = Field(description="python, torch, platform, processor, threads, device")
+    plugins: list[dict[str, Any]] = Field(description="name and version of each plugin used")
+    parameters: dict[str, Any] = Field(description="prunable, total, and why each other one is skipped")
+    path: Literal["independent", "sequential"] = Field(
+        description="independent: each level starts from the dense network; sequential: from the level before"
+    )
+    dense: dict[str, float] = Field(description="metrics of the dense network")
+    levels: list[LevelRecord] = Field(default_factory=list)
+    steps: list[StepRecord] = Field(default_factory=list)
+    seconds: dict[str, float] = Field(default_factory=dict, description="wall-clock time, by part of the run")
+    peak_memory_bytes: int = Field(0, ge=0)
+    degraded: list[str] = Field(default_factory=list, description="what was permitted to go less well")
+    status: Literal["running", "finished"] = "running"
+
+
+def run_key(identity: Mapping[str, Any]) -> str:
+    """SHA-256 of an identity's canonical JSON: keys sorted, no white space; 64 hexadecimal digits."""
+    plain = _plain(identity, finite_only=True)
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any, *, finite_only: bool = False) -> Any:
+    """Mappings and sequences as dict and list; with `finite_only`, non-finite floats as strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, finite_only=finite_only) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, finite_only=finite_only) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and finite_only and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    raise TypeError(f"settings and identities are plain data; {type(value).__name__} given: {value!r}")
+
+
+@contextmanager
+def _reported(action: str, path: Path) -> Iterator[None]:
+    """What the disk refuses, as one sentence with the path and the cause."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        cause = getattr(error, "strerror", None) or str(error)
+        raise RecordError(f"cannot {action} {path}: {cause}; check free space and permissions") from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`: what is written there is synced and takes its place, or vanishes."""
+    # Not tempfile: its files are readable by their owner alone, results are to be shared as umask says.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with _reported("write", path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        if os.name == "posix":  # the new name itself is on disk only once its folder is
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a file so that at any moment it is the old one or the new one, whole.
+
+    Raises:
+        RecordError: the disk refuses; the old file, if any, is untouched and nothing is left beside it.
+    """
+    with _replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    # A copy each, because safetensors refuses tensors that share memory, and tied weights do.
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    with _replacing(path) as temporary:
+        save_file(copies, temporary, metadata=metadata)
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def load_mask(path: Path, space: ParameterSpace) -> Mask:
+    """The mask of a `mask.safetensors`, on the CPU, in a space's flat order.
+
+    Raises:
+        RecordError: the file is missing, is not whole, or belongs to another set of parameters.
+    """
+    if not path.is_file():
+        raise RecordError(f"there is no mask at {path}; give the mask.safetensors of a finished run")
+    try:
+        tensors, _ = _load(path)
+    except (OSError, SafetensorError) as error:
+        raise RecordError(f"{path} cannot be read as a mask: {error}") from error
+    _check_kept(tensors, space, str(path))
+    return Mask(space.flatten(tensors))
+
+
+def _check_kept(kept: Mapping[str, Tensor], space: ParameterSpace, source: str) -> None:
+    if set(kept) != set(space.names):
+        odd = sorted(set(kept) ^ set(space.names))
+        raise RecordError(f"{source} is not of these parameters; only one of the two has: {', '.join(odd)}")
+    for info in space.parameters:
+        tensor = kept[info.name]
+        if tuple(tensor.shape) != info.shape or tensor.dtype != torch.bool:
+            raise RecordError(
+                f"{source}: '{info.name}' is {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                f"torch.bool of shape {info.shape} was needed"
+            )
+
+
+class RunDirectory:
+    """The folder `root/<task>-<estimator>-<key[:12]>` and the files in it.
+
+    Each file is written to a temporary name and renamed, so that a reader sees whole files only.
+
+    Attributes:
+        path: the folder; made when something is first written.
+    """
+
+    def __init__(self, root: Path, task: str, estimator: str, key: str) -> None:
+        self.path = Path(root) / f"{task}-{estimator}-{key[:12]}"
+        # Beside the folder, so that --fresh can remove the folder while it holds the lock.
+        self._lock_path = Path(root) / ".locks" / f"{self.path.name}.lock"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process.
+
+        Raises:
+            RecordError: another process holds it.
+        """
+        lock = FileLock(self._lock_path)
+        with _reported("lock", self._lock_path):
+            self._lock_path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise RecordError(
+                    f"another process is working on this run ({self.path}); wait for it to finish, or stop it"
+                ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def record_path(self) -> Path:
+        """`record.json`."""
+        return self.path / "record.json"
+
+    @property
+    def exists(self) -> bool:
+        """Whether the run has left a record."""
+        return self.record_path.is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the record says that the run came to its end."""
+        record = self.read()
+        return record is not None and record.status == "finished"
+
+    def read(self) -> RunRecord | None:
+        """The record, or None where there is none.
+
+        Raises:
+            RecordError: the record is damaged, or of another schema version.
+        """
+        try:
+            content = self.record_path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RecordError(f"cannot read {self.record_path}: {error.strerror}") from error
+        try:
+            version = json.loads(content)["schema_version"]
+            record = RunRecord.model_validate_json(content) if version == SCHEMA_VERSION else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecordError(
+                f"{self.record_path} is not a whole record ({type(error).__name__}); "
+                f"start the run again with --fresh, or remove {self.path}"
+            ) from error
+        if record is None:
+            raise RecordError(
+                f"{self.record_path} has schema version {version}, this sparsekit reads {SCHEMA_VERSION}; "
+                "use the sparsekit that wrote it, or start the run again with --fresh"
+            )
+        return record
+
+    def write(self, record: RunRecord) -> None:
+        """Put `record.json` in the place of the one before, whole."""
+        atomic_write(self.record_path, record.model_dump_json(indent=2).encode() + b"\n")
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """`run.yaml`: the settings, from which the run can be repeated."""
+        text = yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
+        atomic_write(self.path / "run.yaml", text.encode())
+
+    def write_result(
+        self, space: ParameterSpace, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]
+    ) -> None:
+        """`weights.safetensors` and `mask.safetensors`.
+
+        Args:
+            space: the prunable parameters.
+            weights: the model's whole state_dict.
+            kept: for each parameter of the space a bool tensor of its shape, True = kept.
+        """
+        _check_kept(kept, space, "the mask")
+        _save(self.path / "mask.safetensors", kept, {"format": "pt", "meaning": "True = kept"})
+        _save(self.path / "weights.safetensors", weights, {"format": "pt"})
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoint"
+
+    def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Put all that resuming after `step` needs on disk as one file; only then remove older ones.
+
+        Args:
+            step: steps done; names the file.
+            tensors: of any devices; read back on the CPU.
+            meta: plain data; floats come back exactly, infinities too.
+        """
+        path = self.checkpoint_path / f"{step:05d}.safetensors"
+        _save(path, tensors, {"format": "pt", "meta": json.dumps(_plain(meta))})
+        with _reported("remove old checkpoints in", self.checkpoint_path):
+            for other in self.checkpoint_path.iterdir():  # half-written ones of a killed process, too
+                if other != path and other.suffix in {".safetensors", ".tmp"}:
+                    other.unlink()
+
+    def load_checkpoint(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+        """(step, tensors, meta) of the newest whole checkpoint, or None where there is none.
+
+        Raises:
+            RecordError: there are checkpoints and none of them is whole.
+        """
+        paths = sorted(
+            self.checkpoint_path.glob("[0-9]*.safetensors"), key=lambda p: int(p.stem), reverse=True
+        )
+        for path in paths:
+            try:
+                tensors, metadata = _load(path)
+                return int(path.stem), tensors, json.loads(metadata["meta"])
+            except (SafetensorError, ValueError, KeyError):
+                continue  # cut short: the one before it is whole
+            except OSError as error:
+                raise RecordError(f"cannot read the checkpoint {path}: {error}") from error
+        if paths:
+            raise RecordError(f"no checkpoint in {self.checkpoint_path} is whole; start again with --fresh")
+        return None
+
+    def clear_checkpoints(self) -> None:
+        """Remove all checkpoints."""
+        self._remove(self.checkpoint_path)
+
+    def discard(self) -> None:
+        """Remove the run's folder and all that is in it."""
+        self._remove(self.path)
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        with _reported("remove", path), suppress(FileNotFoundError):
+            shutil.rmtree(path)
