@@ -1,5 +1,6 @@
 """Second-order pruning of neural networks."""
 
+from sparsekit.api import Pruned, prune
 from sparsekit.errors import CurvatureError, DataError, ModelError, PluginError, RecordError, SettingsError, SparsekitError
 from sparsekit.hookspecs import hookimpl
 from sparsekit.interfaces import (
@@ -37,6 +38,7 @@ __all__ = [
     "ParameterSpace",
     "Pattern",
     "PluginError",
+    "Pruned",
     "RecordError",
     "Removal",
     "Saliency",
@@ -47,4 +49,5 @@ __all__ = [
     "Task",
     "TaskSettings",
     "hookimpl",
+    "prune",
 ]

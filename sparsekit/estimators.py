@@ -22,7 +22,6 @@ class Identity(CurvatureEstimator):
     """F = I: every weight counts alike. OBS saliency on it is magnitude, compensation moves nothing."""
 
     name: ClassVar[str] = "identity"
-    needs_data: ClassVar[bool] = False
 
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
         """Nothing to learn; only the device and type of number are taken note of."""

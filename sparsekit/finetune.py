@@ -23,7 +23,7 @@ def finetune(
     mask: Mask,
     settings: FinetuneSettings,
     *,
-    examples: int,
+    batches_per_epoch: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Train all of the model's parameters in place; removed weights stay zero.
@@ -38,7 +38,7 @@ def finetune(
         space: the prunable weights.
         mask: over them.
         settings: the recipe.
-        examples: how many training examples an epoch has, to know the number of steps.
+        batches_per_epoch: how many batches an epoch has, to know the number of steps.
         progress: called with (steps done, steps in all).
 
     Returns:
@@ -47,7 +47,7 @@ def finetune(
     Raises:
         CurvatureError: the loss is not finite.
     """
-    total = math.ceil(settings.epochs * math.ceil(examples / settings.batch_size))
+    total = math.ceil(settings.epochs * batches_per_epoch)
     if total == 0:
         return 0
     optimiser = torch.optim.SGD(

@@ -49,8 +49,6 @@ class CurvatureEstimator(ABC):
 
     name: ClassVar[str]
     Settings: ClassVar[type[EstimatorSettings]] = EstimatorSettings
-    #: False for an estimator that looks at no example: none are then loaded for it.
-    needs_data: ClassVar[bool] = True
 
     def __init__(self, space: ParameterSpace, settings: Any) -> None:
         self.space = space

@@ -95,7 +95,7 @@ class Pruner:
         calibration: generator -> batches for one curvature estimate.
         seed: of everything random; draws of one step do not depend on those of another.
         measure: model -> metrics.
-        finetune_settings, training, training_size: the recipe; generator -> an epoch's batches; their number.
+        finetune_settings, training, training_batches: the recipe; generator -> an epoch's batches; how many those are.
         progress: called with (phase, done, total) on long work.
     """
 
@@ -112,7 +112,7 @@ class Pruner:
     seed: int = 0
     finetune_settings: FinetuneSettings = field(default_factory=FinetuneSettings)
     training: Callable[[torch.Generator], Iterable[Batch]] | None = None
-    training_size: int = 0
+    training_batches: int = 0
     progress: Callable[[str, int, int], None] | None = None
     state: PrunerState = field(default_factory=PrunerState)
 
@@ -215,7 +215,7 @@ class Pruner:
             self.space,
             mask,
             self.finetune_settings,
-            examples=self.training_size,
+            batches_per_epoch=self.training_batches,
             progress=report,
         )
 

@@ -74,7 +74,7 @@ class RunRecord(_Schema):
     settings: dict[str, Any] = Field(description="resolved: every default written out")
     identity: dict[str, Any] = Field(description="everything that was hashed into the key")
     started: str = Field(description="ISO 8601, UTC")
-    finished: str | None = Field(None, description="ISO 8601, UTC; null while running")
+    finished: str | None = Field(default=None, description="ISO 8601, UTC; null while running")
     machine: dict[str, str] = Field(description="python, torch, platform, processor, threads, device")
     plugins: list[dict[str, Any]] = Field(description="name and version of each plugin used")
     parameters: dict[str, Any] = Field(description="prunable, total, and why each other one is skipped")
@@ -85,7 +85,7 @@ class RunRecord(_Schema):
     levels: list[LevelRecord] = Field(default_factory=list)
     steps: list[StepRecord] = Field(default_factory=list)
     seconds: dict[str, float] = Field(default_factory=dict, description="wall-clock time, by part of the run")
-    peak_memory_bytes: int = Field(0, ge=0)
+    peak_memory_bytes: int = Field(default=0, ge=0, description="the largest resident or device memory seen")
     degraded: list[str] = Field(default_factory=list, description="what was permitted to go less well")
     status: Literal["running", "finished"] = "running"
 
@@ -324,9 +324,8 @@ class RunDirectory:
         Raises:
             RecordError: there are checkpoints and none of them is whole.
         """
-        paths = sorted(
-            self.checkpoint_path.glob("[0-9]*.safetensors"), key=lambda p: int(p.stem), reverse=True
-        )
+        found = self.checkpoint_path.glob("*.safetensors")
+        paths = sorted(found, key=lambda path: (len(path.name), path.name), reverse=True)
         for path in paths:
             try:
                 tensors, metadata = _load(path)

@@ -60,8 +60,7 @@ def per_example_gradients(
             for parameter in use.module.parameters(recurse=False):
                 parameter.requires_grad_(True)
         for inputs, targets in objective.on_device():
-            recorder = _record(hooked)
-            with recorder:
+            with _record(hooked), torch.enable_grad():
                 output = model(inputs)
             if fisher == "sampled":
                 if generator is None:
@@ -72,7 +71,9 @@ def per_example_gradients(
                 vectors = [column * scale for column in likelihood.root_columns(output)]
             else:
                 leaf = output.detach().requires_grad_(True)
-                vectors = list(torch.autograd.grad(likelihood.score(leaf, targets).sum(), leaf))
+                with torch.enable_grad():
+                    score = likelihood.score(leaf, targets).sum()
+                vectors = list(torch.autograd.grad(score, leaf))
             for index, vector in enumerate(vectors):
                 last = index == len(vectors) - 1
                 rows = _hooked_gradients(hooked, output, vector, retain=not last)

@@ -28,7 +28,7 @@ from sparsekit_fishleg.blocks import Block, DiagonalBlock, KroneckerBlock
 class FishLegSettings(EstimatorSettings):
     """Settings of `fishleg`."""
 
-    examples: int = Field(2048, ge=2, description="calibration examples for each estimate")
+    examples: int = Field(1024, ge=2, description="calibration examples for each estimate")
     structure: Literal["eigenbasis", "kronecker"] = Field(
         "eigenbasis", description="eigenbasis: two factors with an inner diagonal; kronecker: two factors"
     )

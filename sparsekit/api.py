@@ -1,0 +1,151 @@
+"""Pruning from Python: any module, any iterable of batches, one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.errors import DataError
+from sparsekit.interfaces import measure
+from sparsekit.likelihoods import Likelihood, Loss, as_likelihood
+from sparsekit.objective import Batch
+from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.pruner import Metrics, Pruner, StepCompleted
+from sparsekit.removal import Compensation
+from sparsekit.run import load_registry
+from sparsekit.schedules import plan
+from sparsekit.settings import resolve
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What `prune` returns.
+
+    Attributes:
+        model: a plain module with zeros where weights were removed; a copy, unless it was pruned in place.
+        mask: name -> bool tensor of the parameter's shape, True = kept.
+        sparsity: fraction of the prunable weights removed.
+        dense: metrics before.
+        steps: one event a cut, with metrics, predicted and measured increase, seconds.
+        skipped: name -> why a parameter was not pruned.
+    """
+
+    model: nn.Module
+    mask: Mapping[str, Tensor]
+    sparsity: float
+    dense: Metrics
+    steps: Sequence[StepCompleted]
+    skipped: Mapping[str, str]
+
+
+def prune(
+    model: nn.Module,
+    data: Iterable[Batch],
+    *,
+    loss: str | Loss | Likelihood,
+    sparsity: float = 0.9,
+    estimator: str | Mapping[str, Any] = "fishleg",
+    saliency: str | Mapping[str, Any] = "obs",
+    pattern: str | Mapping[str, Any] = "unstructured",
+    schedule: str | Mapping[str, Any] = "one-shot",
+    steps: int = 4,
+    substeps: int = 1,
+    compensation: Compensation = "joint",
+    finetune: Mapping[str, Any] | None = None,
+    evaluation: Iterable[Batch] | Callable[[nn.Module], Metrics] | None = None,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    seed: int = 0,
+    inplace: bool = False,
+) -> Pruned:
+    """Prune a trained network and move the surviving weights to make up for it.
+
+    Args:
+        model: any module from a batch of inputs to a batch of outputs, on any device.
+        data: batches (inputs, targets) of training examples; calibration and fine-tuning use them.
+        loss: 'categorical', 'bernoulli', 'gaussian', a plain torch loss, or a `Likelihood`. Any other callable
+            has no distribution to sample labels from: then give the estimator fisher='empirical'.
+        sparsity: fraction of the prunable weights to remove, in [0, 1).
+        estimator, saliency, pattern, schedule: a name, or a mapping with `name` and settings, for example
+            {"name": "fishleg", "damping": 1e-3, "examples": 512}.
+        steps, substeps: cuts with fine-tuning after each (no effect on one-shot), and parts of each cut with
+            the curvature refreshed between them.
+        compensation: 'joint', 'independent' or 'none'.
+        finetune: settings such as {"epochs": 1, "learning_rate": 0.01}; without it there is none.
+        evaluation: batches, or model -> metrics; by default the loss and accuracy on `data`.
+        include, exclude: shell patterns on parameter names.
+        seed: of sampled labels and everything else that is random.
+        inplace: prune `model` itself rather than a copy.
+
+    Raises:
+        SparsekitError: settings, data or model cannot be used; the message says what to do.
+    """
+    raw: dict[str, Any] = {
+        "estimator": estimator,
+        "saliency": saliency,
+        "pattern": pattern,
+        "schedule": schedule,
+        "sparsity": [sparsity],
+        "steps": steps,
+        "substeps": substeps,
+        "compensation": compensation,
+        "finetune": {"epochs": 0, **(finetune or {})},
+        "seed": seed,
+    }
+    resolved = resolve(raw, load_registry())
+    likelihood = as_likelihood(loss)
+    model = model if inplace else deepcopy(model)
+    space = ParameterSpace.of(model, include=include, exclude=exclude)
+    batches: Iterable[Batch] = list(data) if isinstance(data, Iterator) else data
+    options: Any = resolved.options["estimator"]
+    judge: Iterable[Batch] | Callable[[nn.Module], Metrics] = batches if evaluation is None else evaluation
+    if isinstance(judge, Iterator):
+        judge = list(judge)
+    pruner = Pruner(
+        model=model,
+        space=space,
+        likelihood=likelihood,
+        estimator=resolved.build("estimator", space),
+        saliency=resolved.build("saliency"),
+        pattern=resolved.build("pattern"),
+        compensation=compensation,
+        steps=plan(
+            resolved.sparsity,
+            resolved.build("schedule"),
+            steps=steps,
+            substeps=substeps,
+            finetune=resolved.finetune.epochs > 0,
+        ),
+        calibration=lambda generator: _calibration(batches, options.examples, options.batch_size),
+        measure=judge if callable(judge) else (lambda model: measure(model, likelihood, judge)),
+        seed=seed,
+        finetune_settings=resolved.finetune,
+        training=lambda generator: batches,
+        training_batches=sum(1 for _ in batches) if resolved.finetune.epochs else 0,
+    )
+    done = [event for event in pruner.run() if isinstance(event, StepCompleted)]
+    mask = pruner.state.mask or Mask.full(space.size)
+    return Pruned(model, space.unflatten(mask.kept), mask.sparsity, pruner.state.dense or {}, done, space.skipped)
+
+
+def _calibration(batches: Iterable[Batch], examples: int, batch_size: int) -> list[Batch]:
+    """The first `examples` of the batches, cut anew into batches of `batch_size`."""
+    taken: list[Batch] = []
+    count = 0
+    for inputs, targets in batches:
+        taken.append((inputs[: examples - count], targets[: examples - count]))
+        count += len(taken[-1][1])
+        if count == examples:
+            break
+    if count < examples:
+        raise DataError(
+            f"the estimator needs {examples} calibration examples, the data has {count}; "
+            f"give more data or set estimator={{'name': ..., 'examples': {count}}}"
+        )
+    inputs, targets = (torch.cat(parts) for parts in zip(*taken, strict=True))
+    return list(zip(inputs.split(batch_size), targets.split(batch_size), strict=True))

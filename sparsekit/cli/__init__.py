@@ -1,0 +1,49 @@
+"""The command line: parse, delegate, print. One file a command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from sparsekit.cli.plugins import plugins
+from sparsekit.cli.run import run
+from sparsekit.errors import SparsekitError
+
+app = typer.Typer(
+    name="sparsekit",
+    help="Second-order pruning of neural networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(run)
+app.command()(plugins)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from importlib.metadata import version
+
+        typer.echo(f"sparsekit {version('sparsekit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: what a user can mend is one message and exit code 2; a bug shows its traceback."""
+    try:
+        app()
+    except SparsekitError as error:
+        print(f"sparsekit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("sparsekit: interrupted; go on with the same command and --resume", file=sys.stderr)
+        sys.exit(130)

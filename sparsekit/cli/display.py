@@ -1,0 +1,146 @@
+"""What a person sees: progress on long work, the summary, the preview."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sparsekit.pruner import Event, PhaseStarted, StepCompleted
+from sparsekit.run import Outcome, Preview
+from sparsekit.settings import ResolvedRun
+from sparsekit.tracking import ui_command
+
+
+class ProgressDisplay:
+    """Bars on standard error, and nothing at all where that is no terminal."""
+
+    def __init__(self, resolved: ResolvedRun) -> None:
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+            transient=True,
+        )
+        name, task = resolved.classes["estimator"].name, resolved.classes["task"].name
+        self._steps: TaskID = self._bars.add_task(f"{name} on {task}", total=None, note="")
+        self._phase: TaskID = self._bars.add_task("prepare", total=None, note="")
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def event(self, event: Event) -> None:
+        """Follow the pruner."""
+        if isinstance(event, PhaseStarted):
+            self._bars.update(self._steps, note=f"to {event.step.sparsity:.1%}")
+            self._bars.reset(self._phase, description=event.phase, total=None, note="")
+        elif isinstance(event, StepCompleted):
+            self._bars.update(self._steps, completed=event.step.index + 1)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Follow long work within a phase."""
+        note = f"{done}/{total}" if total > 1 else ""
+        self._bars.update(self._phase, description=phase, completed=done, total=total or None, note=note)
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """The summary for scripts; accuracies as fractions."""
+    record = outcome.record
+    return {
+        "run": outcome.path.name,
+        "record": str(outcome.path / "record.json"),
+        "dense": record.dense,
+        "levels": [
+            {
+                "sparsity": level.sparsity,
+                "achieved": level.achieved,
+                "pruned": level.pruned,
+                "finetuned": level.finetuned,
+                "predicted_increase": level.predicted_increase,
+                "measured_increase": level.measured_increase,
+            }
+            for level in record.levels
+        ],
+        "seconds": record.seconds,
+        "peak_memory_bytes": record.peak_memory_bytes,
+        "degraded": record.degraded,
+    }
+
+
+def print_summary(outcome: Outcome) -> None:
+    """The summary for people, on standard output."""
+    record, console = outcome.record, Console()
+    if outcome.repeated:
+        console.print("This run was finished before; nothing was done now (--fresh does it again).")
+    metrics = list(record.dense)
+    table = Table(title=f"{record.estimator} on {record.task}, {record.settings['compensation']} compensation")
+    for column in ("sparsity", "", *metrics, "predicted ΔL", "measured ΔL"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    table.add_row("0 %", "dense", *(_figure(m, record.dense[m]) for m in metrics), "", "")
+    for level in record.levels:
+        asked = f"{level.achieved:.2%}" if abs(level.achieved - level.sparsity) > 5e-5 else f"{level.sparsity:.4g}"
+        asked = f"{100 * level.sparsity:g} %" if not asked.endswith("%") else f"{asked} (of {100 * level.sparsity:g} %)"
+        increase = (f"{level.predicted_increase:.3g}", f"{level.measured_increase:.3g}")
+        table.add_row(asked, "pruned", *(_figure(m, level.pruned[m]) for m in metrics), *increase)
+        if level.finetuned is not None:
+            tuned = level.finetuned
+            table.add_row("", "fine-tuned", *(_figure(m, tuned[m]) for m in metrics), "", "")
+    console.print(table)
+    spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in record.seconds.items())
+    console.print(f"{record.parameters['prunable']:,} prunable weights. Seconds: {spent}.")
+    console.print(f"Peak memory {record.peak_memory_bytes / 2**20:,.0f} MiB. Levels: {record.path}.")
+    for line in record.degraded:
+        console.print(f"[yellow]degraded:[/] {escape(line)}")
+    console.print(f"Record: {outcome.path / 'record.json'}", soft_wrap=True, highlight=False)
+    if outcome.tracking_uri is not None:
+        console.print(f"MLflow: {ui_command(outcome.tracking_uri)}", soft_wrap=True, highlight=False)
+
+
+def _figure(metric: str, value: float) -> str:
+    return f"{value:.2%}" if metric == "accuracy" else f"{value:.4f}"
+
+
+def print_preview(preview: Preview, as_json: bool) -> None:
+    """What a run would do."""
+    space = preview.space
+    if as_json:
+        plain = {
+            "settings": preview.settings,
+            "device": preview.device,
+            "prunable": {info.name: list(info.shape) for info in space.parameters},
+            "skipped": space.skipped,
+            "steps": [{"sparsity": s.sparsity, "refresh": s.refresh, "finetune": s.finetune} for s in preview.steps],
+            "memory_bytes": preview.memory,
+        }
+        sys.stdout.write(json.dumps(plain, indent=2) + "\n")
+        return
+    import yaml
+
+    console = Console()
+    console.print(escape(yaml.safe_dump(preview.settings, sort_keys=False).rstrip()), highlight=False)
+    table = Table("parameter", "shape", "weights or why it is skipped")
+    for info in space.parameters:
+        table.add_row(info.name, " × ".join(map(str, info.shape)), f"{info.size:,}")
+    for name, reason in space.skipped.items():
+        table.add_row(name, "", f"skipped: {reason}")
+    console.print(table)
+    cuts = ", ".join(f"{s.sparsity:.1%}{'*' if s.refresh else ''}" for s in preview.steps)
+    console.print(f"Steps (* refreshes the curvature): {cuts}")
+    console.print(
+        f"{space.size:,} prunable weights of {space.total:,} parameters; the estimator needs about "
+        f"{preview.memory / 2**20:,.0f} MiB beside the model, on {preview.device}."
+    )

@@ -1,0 +1,133 @@
+"""Finds plugins and what they register. One that fails to import is a finding, fatal only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from sparsekit import hookspecs
+from sparsekit.errors import PluginError, SettingsError, unknown_name
+from sparsekit.interfaces import CurvatureEstimator, Pattern, Saliency, Schedule, Task
+
+#: kind -> (hook, base class)
+KINDS: dict[str, tuple[str, type]] = {
+    "estimator": ("sparsekit_estimators", CurvatureEstimator),
+    "saliency": ("sparsekit_saliencies", Saliency),
+    "schedule": ("sparsekit_schedules", Schedule),
+    "pattern": ("sparsekit_patterns", Pattern),
+    "task": ("sparsekit_tasks", Task),
+}
+
+
+@dataclass
+class PluginInfo:
+    """One plugin: where it comes from, what it registers, whether it works."""
+
+    name: str
+    distribution: str
+    version: str
+    registers: dict[str, list[str]] = field(default_factory=dict)
+    error: BaseException | None = None
+
+    @property
+    def status(self) -> str:
+        """`ok`, or what went wrong, in one line."""
+        return "ok" if self.error is None else f"{type(self.error).__name__}: {self.error}".replace("\n", " ")
+
+
+class Registry:
+    """All that is registered under the entry-point group `sparsekit`, by kind and name."""
+
+    def __init__(self, builtins: ModuleType, entry_points: Iterable[metadata.EntryPoint] | None = None) -> None:
+        self.plugins: list[PluginInfo] = []
+        self._classes: dict[str, dict[str, list[tuple[PluginInfo, type]]]] = {kind: {} for kind in KINDS}
+        core = PluginInfo("builtins", "sparsekit", _version("sparsekit"))
+        self._register(core, builtins)
+        if entry_points is None:
+            entry_points = metadata.entry_points(group=hookspecs.PROJECT)
+        for point in sorted(entry_points, key=lambda point: point.name):
+            dist = point.dist
+            info = PluginInfo(point.name, dist.name if dist else point.value, dist.version if dist else "unknown")
+            try:
+                module = point.load()
+            except Exception as error:  # whatever a plugin does wrong is its finding, not our failure
+                info.error = error
+                self.plugins.append(info)
+                continue
+            self._register(info, module)
+
+    def _register(self, info: PluginInfo, module: Any) -> None:
+        self.plugins.append(info)
+        # A manager of its own for each plugin: a failing or misspelt hook is then known to be this plugin's.
+        manager = pluggy.PluginManager(hookspecs.PROJECT)
+        manager.add_hookspecs(hookspecs)
+        try:
+            manager.register(module, name=info.name)
+            manager.check_pending()
+            found = {
+                kind: [(cls, _checked(cls, kind, base)) for cls in _flat(getattr(manager.hook, hook)())]
+                for kind, (hook, base) in KINDS.items()
+            }
+        except Exception as error:
+            info.error = error
+            return
+        for kind, classes in found.items():
+            for cls, name in classes:
+                info.registers.setdefault(kind, []).append(name)
+                self._classes[kind].setdefault(name, []).append((info, cls))
+
+    def names(self, kind: str) -> list[str]:
+        """All registered names of a kind, sorted."""
+        return sorted(self._classes[kind])
+
+    def get(self, kind: str, name: str) -> type[Any]:
+        """The class registered under a name.
+
+        Raises:
+            SettingsError: nothing has that name.
+            PluginError: two plugins have it, or the plugin of that name failed to load.
+        """
+        providers = self._classes[kind].get(name, [])
+        if len(providers) == 1:
+            return providers[0][1]
+        if len(providers) > 1:
+            who = " and ".join(info.distribution for info, _ in providers)
+            raise PluginError(f"the {kind} '{name}' is registered by {who}; uninstall one of them")
+        for info in self.plugins:
+            if info.error is not None and info.name == name:
+                raise PluginError(
+                    f"the plugin '{name}' ({info.distribution} {info.version}) failed to load: {info.status}"
+                ) from info.error
+        broken = [info.name for info in self.plugins if info.error is not None]
+        hint = f"These plugins failed to load: {', '.join(broken)} (see 'sparsekit plugins')." if broken else ""
+        raise SettingsError(unknown_name(kind, name, self.names(kind), hint))
+
+    def provider(self, kind: str, name: str) -> PluginInfo:
+        """The plugin that registers a name."""
+        self.get(kind, name)
+        return self._classes[kind][name][0][0]
+
+
+def _checked(cls: object, kind: str, base: type) -> str:
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise PluginError(f"a {kind} must be a subclass of sparsekit.{base.__name__}; {cls!r} is not")
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str):
+        raise PluginError(f"the {kind} {cls.__name__} has no `name`")
+    return name
+
+
+def _flat(results: Iterable[Iterable[type]]) -> list[type]:
+    return [cls for classes in results for cls in classes]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,481 @@
+"""A run: settings in, a record out. Names are resolved, the pruner is driven, listeners are attached here."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit import builtins
+from sparsekit.errors import DataError, RecordError, SettingsError
+from sparsekit.interfaces import INTERFACE_VERSION, CurvatureEstimator, Task
+from sparsekit.objective import Batch
+from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.pruner import DenseMeasured, Event, Pruner, PrunerState, StepCompleted
+from sparsekit.records import SCHEMA_VERSION, LevelRecord, RunDirectory, RunRecord, StepRecord, run_key
+from sparsekit.registry import Registry
+from sparsekit.schedules import Step, plan
+from sparsekit.settings import COMPONENTS, ResolvedRun
+from sparsekit.tracking import NullTracker, Tracker, initialise, resolve_uri
+
+Listener = Callable[[Event], None]
+Progress = Callable[[str, int, int], None]
+
+
+def load_registry() -> Registry:
+    """The built-ins and every installed plugin."""
+    return Registry(builtins)
+
+
+def find_device(asked: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        SettingsError: CUDA was asked for and is not there.
+    """
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(asked)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            found = f"{count} CUDA devices" if count else "no CUDA device"
+            raise SettingsError(f"device '{asked}' was asked for; torch finds {found} here. Use --device cpu or auto")
+    return device
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run would do, found without reading data.
+
+    Attributes:
+        space: prunable parameters, and the skipped ones with reasons.
+        steps: the plan.
+        memory: bytes that the estimator will need.
+        settings: resolved.
+        device: where it would run.
+    """
+
+    space: ParameterSpace
+    steps: list[Step]
+    memory: int
+    settings: dict[str, Any]
+    device: str
+
+
+def preview(resolved: ResolvedRun) -> Preview:
+    """What `--dry-run` shows; also refuses what cannot work: patterns, devices, models."""
+    device = find_device(resolved.settings.device)
+    task: Task = resolved.build("task")
+    settings = resolved.settings
+    space = ParameterSpace.of(task.network(), include=settings.include, exclude=settings.exclude)
+    pattern = resolved.build("pattern")
+    for sparsity in resolved.sparsity:
+        pattern.count(space, sparsity)
+    estimator = resolved.classes["estimator"]
+    memory = estimator.memory(space, resolved.options["estimator"])
+    return Preview(space, _plan(resolved), memory, resolved.as_dict(), str(device))
+
+
+def _plan(resolved: ResolvedRun) -> list[Step]:
+    settings = resolved.settings
+    return plan(
+        resolved.sparsity,
+        resolved.build("schedule"),
+        steps=settings.steps,
+        substeps=settings.substeps,
+        finetune=resolved.finetune.epochs > 0,
+        independent=resolved.independent,
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run.
+
+    Attributes:
+        record: as on disk.
+        path: its directory.
+        repeated: True where the run was finished before and nothing was done now.
+        tracking_uri: where MLflow has it, or None.
+    """
+
+    record: RunRecord
+    path: Path
+    repeated: bool
+    tracking_uri: str | None
+
+
+def execute(
+    resolved: ResolvedRun,
+    registry: Registry,
+    *,
+    resume: bool = False,
+    fresh: bool = False,
+    listener: Listener = lambda event: None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Do a run, or the rest of it.
+
+    A finished run with the same identity is not done again. An interrupted one is an error unless `resume` (go
+    on after its last whole step) or `fresh` (throw away what there is) is given.
+
+    Raises:
+        SparsekitError: anything a user can mend.
+    """
+    settings = resolved.settings
+    device = find_device(settings.device)
+    shown = preview(resolved)
+    estimator: CurvatureEstimator = resolved.build("estimator", shown.space)
+    task: Task = resolved.build("task")
+    available, needed = task.size("train"), resolved.options["estimator"].examples  # type: ignore[attr-defined]
+    if needed > available:
+        raise DataError(
+            f"the estimator '{estimator.name}' needs {needed} calibration examples, the task '{task.name}' has "
+            f"{available}; set estimator.examples={available} or less"
+        )
+    if progress is not None:
+        progress("prepare", 0, 1)
+    started = time.perf_counter()
+    model = task.model().to(device)
+    prepared = time.perf_counter() - started
+    identity = _identity(resolved, registry, task, model, device)
+    directory = RunDirectory(Path(settings.output), task.name, estimator.name, run_key(identity))
+    uri = resolve_uri(settings.tracking.uri, Path(settings.output)) if settings.tracking.enabled else None
+    with directory.lock():
+        if fresh:
+            directory.discard()
+        found = directory.read()
+        if found is not None and found.status == "finished":
+            return Outcome(found, directory.path, True, uri)
+        if found is not None and not resume:
+            raise RecordError(
+                f"an unfinished run with these settings is in {directory.path}; "
+                "go on with --resume, or start again with --fresh"
+            )
+        if uri is not None:
+            initialise(uri, settings.tracking.experiment)  # an address that cannot work is said now, not later
+        record = RunRecord(
+            key=run_key(identity),
+            task=task.name,
+            estimator=estimator.name,
+            settings=resolved.as_dict(),
+            identity=identity,
+            started=_utc(),
+            machine=_machine(device),
+            plugins=_plugins(resolved, registry),
+            parameters={
+                "prunable": shown.space.size,
+                "total": shown.space.total,
+                "skipped": shown.space.skipped,
+            },
+            path="independent" if resolved.independent else "sequential",
+            dense={},
+            seconds={"prepare": prepared},
+        )
+        driver = _Driver(resolved, task, model, shown.space, estimator, directory, record, uri)
+        finished = driver.run(resume and found is not None, listener, progress)
+    return Outcome(finished, directory.path, False, uri)
+
+
+class _Driver:
+    """Drives one pruner and keeps record, checkpoint and tracking in step with it."""
+
+    def __init__(
+        self,
+        resolved: ResolvedRun,
+        task: Task,
+        model: nn.Module,
+        space: ParameterSpace,
+        estimator: CurvatureEstimator,
+        directory: RunDirectory,
+        record: RunRecord,
+        uri: str | None,
+    ) -> None:
+        self.resolved, self.task, self.space = resolved, task, space
+        self.directory, self.record, self.uri = directory, record, uri
+        self.model, self.estimator = model, estimator
+        self.tracked: str | None = None  # MLflow's run, so that a resumed run goes on in it
+
+    def run(self, resume: bool, listener: Listener, progress: Progress | None) -> RunRecord:
+        pruner = self._pruner(progress)
+        if resume:
+            self._restore(pruner)
+        else:
+            self.directory.clear_checkpoints()
+        self.directory.write_settings(self.record.settings)
+        self.directory.write(self.record)
+        tracker = self._start_tracking()
+        begun = time.perf_counter()
+        earlier = self.record.seconds.get("total", 0.0)
+        try:
+            for event in pruner.run():
+                listener(event)
+                if isinstance(event, DenseMeasured):
+                    self._update(dense=dict(event.metrics))
+                    tracker.metrics({f"dense/{k}": v for k, v in event.metrics.items()}, step=0)
+                elif isinstance(event, StepCompleted):
+                    self._completed(event, pruner, tracker, earlier + time.perf_counter() - begun)
+            if self.record.dense:
+                self._finish(pruner, tracker)
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
+        return self.record
+
+    def _pruner(self, progress: Progress | None) -> Pruner:
+        resolved, task = self.resolved, self.task
+        options: Any = resolved.options["estimator"]
+
+        def calibration(generator: torch.Generator) -> list[Batch]:
+            batches = task.batches(
+                "train", batch_size=options.batch_size, limit=options.examples, generator=generator
+            )
+            return list(batches)
+
+        def training(generator: torch.Generator) -> Iterable[Batch]:
+            return task.batches("train", batch_size=resolved.finetune.batch_size, generator=generator, augment=True)
+
+        return Pruner(
+            model=self.model,
+            space=self.space,
+            likelihood=task.likelihood,
+            estimator=self.estimator,
+            saliency=resolved.build("saliency"),
+            pattern=resolved.build("pattern"),
+            compensation=resolved.settings.compensation,
+            steps=_plan(resolved),
+            calibration=calibration,
+            measure=lambda model: task.measure(model, resolved.settings.split),
+            seed=resolved.settings.seed,
+            finetune_settings=resolved.finetune,
+            training=training,
+            training_batches=math.ceil(task.size("train") / resolved.finetune.batch_size),
+            progress=progress,
+        )
+
+    # -- the disk --------------------------------------------------------------------------------------
+    def _update(self, **changes: Any) -> None:
+        self.record = self.record.model_copy(update=changes)
+        self.directory.write(self.record)
+
+    def _checkpoint(self, pruner: Pruner) -> None:
+        state = pruner.state
+        assert state.mask is not None
+        tensors: dict[str, Tensor] = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"estimator.{k}": v for k, v in self.estimator.state_dict().items()}
+        tensors["mask"] = state.mask.kept
+        self.directory.save_checkpoint(
+            state.next_step,
+            tensors,
+            {
+                "record": self.record.model_dump(mode="json"),
+                "dense": state.dense,
+                "tracked": self.tracked,
+            },
+        )
+
+    def _restore(self, pruner: Pruner) -> None:
+        found = self.directory.load_checkpoint()
+        if found is None:
+            return
+        step, tensors, meta = found
+        device = next(self.model.parameters()).device
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            named = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            return {k: t.to(device) for k, t in named.items()}
+
+        state = PrunerState(step, Mask(tensors["mask"].to(device)), meta["dense"])
+        pruner.restore(part("model."), part("estimator."), state)
+        self.record = RunRecord.model_validate(meta["record"])
+        self.tracked = meta["tracked"]
+
+    def _completed(self, event: StepCompleted, pruner: Pruner, tracker: NullTracker, total: float) -> None:
+        step = StepRecord(
+            index=event.step.index,
+            sparsity=event.step.sparsity,
+            removed=event.removed,
+            refreshed=event.step.refresh,
+            curvature=dict(event.curvature),
+            damping=event.damping,
+            predicted_increase=event.predicted_increase,
+            measured_increase=event.measured_increase,
+            iterations=event.iterations,
+            residual=event.residual,
+            pruned=None if event.pruned is None else dict(event.pruned),
+            finetuned=None if event.finetuned is None else dict(event.finetuned),
+            seconds=dict(event.seconds),
+        )
+        record = self.record
+        levels, steps = list(record.levels), [*record.steps, step]
+        if event.step.level is not None:
+            levels.append(self._level(event, steps))
+        seconds = dict(record.seconds)
+        for phase, spent in event.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + spent
+        seconds["total"] = total
+        self.record = record.model_copy(
+            update={
+                "levels": levels,
+                "steps": steps,
+                "seconds": seconds,
+                "peak_memory_bytes": max(record.peak_memory_bytes, _peak_memory(self.model)),
+            }
+        )
+        if event.step.level is not None:
+            self._write_result(pruner)
+        self._checkpoint(pruner)  # first the checkpoint, then the record that speaks of it
+        self.directory.write(self.record)
+        tracker.metrics(_step_metrics(step, record.parameters["prunable"]), step=event.step.index)
+
+    def _level(self, event: StepCompleted, steps: list[StepRecord]) -> LevelRecord:
+        mine = [s for s, planned in zip(steps, _plan(self.resolved), strict=False) if _level_of(planned, self.resolved) == event.step.level]
+        assert event.pruned is not None
+        return LevelRecord(
+            sparsity=self.resolved.sparsity[event.step.level or 0],
+            achieved=event.removed / self.space.size,
+            achieved_total=event.removed / self.space.total,
+            pruned=dict(event.pruned),
+            finetuned=None if event.finetuned is None else dict(event.finetuned),
+            predicted_increase=sum(s.predicted_increase for s in mine),
+            measured_increase=sum(s.measured_increase for s in mine),
+            layer_sparsity=dict(event.layer_sparsity),
+        )
+
+    def _write_result(self, pruner: Pruner) -> None:
+        assert pruner.state.mask is not None
+        kept = self.space.unflatten(pruner.state.mask.kept)
+        self.directory.write_result(self.space, self.model.state_dict(), kept)
+
+    # -- tracking --------------------------------------------------------------------------------------
+    def _start_tracking(self) -> NullTracker:
+        if self.uri is None:
+            return NullTracker()
+        record = self.record
+        tracker = Tracker(self.uri, self.resolved.settings.tracking.experiment)
+        tags = {"task": record.task, "estimator": record.estimator, "key": record.key}
+        tags |= {f"plugin.{p['name']}": f"{p['distribution']} {p['version']}" for p in record.plugins}
+        tracker.start(self.directory.path.name, record.settings, tags, self.tracked)
+        self.tracked = tracker.run_id
+        tracker.artifact(self.directory.path / "run.yaml")
+        return tracker
+
+    def _finish(self, pruner: Pruner, tracker: NullTracker) -> None:
+        record = self.record
+        final: dict[str, float] = {f"dense_{k}": v for k, v in record.dense.items()}
+        if record.levels:
+            last = record.levels[-1]
+            final |= {"sparsity": last.achieved, "predicted_increase": last.predicted_increase}
+            final |= {"measured_increase": last.measured_increase}
+            final |= {f"pruned_{k}": v for k, v in last.pruned.items()}
+            final |= {f"finetuned_{k}": v for k, v in (last.finetuned or {}).items()}
+        final |= {f"seconds_{k}": v for k, v in record.seconds.items()}
+        final["peak_memory_bytes"] = float(record.peak_memory_bytes)
+        tracker.final(final)
+        for name in ("weights.safetensors", "mask.safetensors"):
+            tracker.artifact(self.directory.path / name)
+        degraded = list(record.degraded)
+        if tracker.failure is not None:
+            degraded.append(f"tracking: {tracker.failure}")
+        self._update(status="finished", finished=_utc(), degraded=degraded)
+        tracker.artifact(self.directory.record_path)
+        tracker.finish("FINISHED")
+        self.directory.clear_checkpoints()
+
+
+def _level_of(step: Step, resolved: ResolvedRun) -> int:
+    """The level that a step works towards."""
+    ends = [s.index for s in _plan(resolved) if s.level is not None]
+    return sum(end < step.index for end in ends)
+
+
+def _step_metrics(step: StepRecord, prunable: int) -> dict[str, float]:
+    out = {
+        "sparsity": step.removed / prunable,
+        "damping": step.damping,
+        "predicted_increase": step.predicted_increase,
+        "measured_increase": step.measured_increase,
+        "removal/iterations": float(step.iterations),
+        "removal/residual": step.residual,
+    }
+    for group in ("curvature", "pruned", "finetuned", "seconds"):
+        out |= {f"{group}/{key}": value for key, value in (getattr(step, group) or {}).items()}
+    return out
+
+
+# -- identity ------------------------------------------------------------------------------------------------
+def _identity(
+    resolved: ResolvedRun, registry: Registry, task: Task, model: nn.Module, device: torch.device
+) -> dict[str, Any]:
+    """All that determines the result, and nothing else."""
+    settings = resolved.as_dict()
+    for key in ("output", "tracking"):
+        del settings[key]
+    settings["device"] = device.type
+    for key in ("data_dir", "checkpoint"):  # paths; what lies there is hashed below
+        settings["task"].pop(key, None)
+    return {
+        "settings": settings,
+        "weights": _hash_tensors(model.state_dict()),
+        "data": task.fingerprint(),
+        "plugins": _plugins(resolved, registry),
+        "schema": SCHEMA_VERSION,
+        "interface": INTERFACE_VERSION,
+    }
+
+
+def _plugins(resolved: ResolvedRun, registry: Registry) -> list[dict[str, Any]]:
+    infos = {info.name: info for info in (registry.provider(k, resolved.classes[k].name) for k in COMPONENTS)}
+    return [
+        {"name": info.name, "distribution": info.distribution, "version": info.version} for info in infos.values()
+    ]
+
+
+def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# -- the machine ---------------------------------------------------------------------------------------------
+def _machine(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "device": f"{device.type}: {name}",
+    }
+
+
+def _peak_memory(model: nn.Module) -> int:
+    """Bytes: allocated on the CUDA device, or resident in the process, at most so far."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _utc() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+

@@ -1,0 +1,214 @@
+"""What a run is, as frozen data: read from YAML and options, validated before any data is read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from sparsekit.errors import SettingsError
+from sparsekit.interfaces import FinetuneSettings, Settings, Split
+from sparsekit.registry import Registry
+from sparsekit.removal import Compensation
+
+Sparsity = Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights removed, in [0, 1)")]
+
+T = TypeVar("T", bound=BaseModel)
+
+#: The components of a run: each has a name and its own settings.
+COMPONENTS = ("task", "estimator", "saliency", "schedule", "pattern")
+
+
+class TrackingSettings(Settings):
+    """Where the run is tracked."""
+
+    enabled: bool = Field(True, description="--no-tracking turns it off")
+    uri: str | None = Field(
+        None, description="MLflow's address; default $MLFLOW_TRACKING_URI, else a SQLite file under the output"
+    )
+    experiment: str = Field("sparsekit", min_length=1, description="MLflow experiment")
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Component = Annotated[dict[str, Any], BeforeValidator(_named)]
+
+
+class RunSettings(Settings):
+    """A run. The components' own settings stand beside their `name`."""
+
+    task: Component = Field({"name": "digits"}, description="what is pruned and how it is measured")
+    estimator: Component = Field({"name": "fishleg"}, description="of the inverse Fisher")
+    saliency: Component = Field({"name": "obs"}, description="which weights go first")
+    pattern: Component = Field({"name": "unstructured"}, description="which sets of weights may go together")
+    schedule: Component = Field({"name": "cubic"}, description="how sparsity grows from level to level")
+    sparsity: tuple[Sparsity, ...] = Field((), description="levels to report; default the task's")
+    steps: int = Field(4, ge=1, description="steps for each level, except one-shot's single one")
+    substeps: int = Field(1, ge=1, description="cuts within a step, curvature refreshed before each")
+    levels: Literal["auto", "independent", "sequential"] = Field(
+        "auto",
+        description="each level from the dense weights, or all on one path; auto: independent for one-shot "
+        "without sub-steps and fine-tuning",
+    )
+    compensation: Compensation = Field("joint", description="how the surviving weights move")
+    finetune: dict[str, Any] = Field({}, description="masked training after each step; default the task's")
+    split: Split = Field("reporting", description="examples that metrics are measured on; tune on 'tuning'")
+    seed: int = Field(0, ge=0, description="of calibration examples, sampled labels and fine-tuning order")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    include: tuple[str, ...] | None = Field(None, description="shell patterns of parameter names to prune")
+    exclude: tuple[str, ...] = Field((), description="shell patterns of parameter names to leave alone")
+    output: str = Field("runs", description="folder of the runs' directories")
+    tracking: TrackingSettings = Field(TrackingSettings())  # type: ignore[call-arg]
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """Settings with every name found and every component's settings validated.
+
+    Attributes:
+        settings: the run's.
+        classes, options: kind -> class and validated settings of each component.
+        finetune: the task's recipe with the run's changes.
+        sparsity: increasing.
+        independent: whether each level starts from the dense weights.
+    """
+
+    settings: RunSettings
+    classes: Mapping[str, type[Any]]
+    options: Mapping[str, Settings]
+    finetune: FinetuneSettings
+    sparsity: tuple[float, ...]
+    independent: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, resolved, as plain data: what `run.yaml` holds and `--config` reads back."""
+        out = self.settings.model_dump(mode="json")
+        for kind in COMPONENTS:
+            out[kind] = {"name": self.classes[kind].name, **self.options[kind].model_dump(mode="json")}
+        out["finetune"] = self.finetune.model_dump(mode="json")
+        out["sparsity"] = list(self.sparsity)
+        return out
+
+    def build(self, kind: str, *args: Any) -> Any:
+        """The component of a kind, made from its settings."""
+        return self.classes[kind](*args, self.options[kind])
+
+
+def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
+    """Validate a run's raw settings; nothing but names and values is looked at.
+
+    Raises:
+        SettingsError, PluginError: with the place, what was given and what was needed.
+    """
+    settings = validated(RunSettings, raw, "")
+    classes: dict[str, type[Any]] = {}
+    options: dict[str, Settings] = {}
+    for kind in COMPONENTS:
+        given = dict(getattr(settings, kind))
+        name = given.pop("name", None)
+        if not isinstance(name, str):
+            raise SettingsError(f"{kind} needs a name; known: {', '.join(registry.names(kind))}")
+        classes[kind] = registry.get(kind, name)
+        options[kind] = validated(classes[kind].Settings, given, kind)
+    task = classes["task"]
+    recipe = validated(FinetuneSettings, {**task.finetune.model_dump(), **settings.finetune}, "finetune")
+    sparsity = tuple(sorted(set(settings.sparsity or task.sparsity)))
+    one_cut = classes["schedule"].name == "one-shot" and settings.substeps == 1 and recipe.epochs == 0
+    independent = one_cut if settings.levels == "auto" else settings.levels == "independent"
+    return ResolvedRun(settings, classes, options, recipe, sparsity, independent)
+
+
+def validated(model: type[T], raw: Mapping[str, Any], where: str) -> T:
+    """`model` from raw values, with errors as one sentence each."""
+    try:
+        return model.model_validate(dict(raw))
+    except ValidationError as error:
+        raise SettingsError("; ".join(_sentence(model, item, where) for item in error.errors())) from None
+
+
+def _sentence(model: type[BaseModel], item: Any, where: str) -> str:
+    location = [str(part) for part in item["loc"]]
+    path = ".".join(([where] if where else []) + location)
+    if item["type"] == "extra_forbidden":
+        fields = list(_fields_at(model, location[:-1]))
+        near = difflib.get_close_matches(location[-1], fields, n=1)
+        guess = f"; did you mean '{near[0]}'?" if near else "."
+        return f"there is no setting '{path}'{guess} Known: {', '.join(sorted(fields))}"
+    if not path:
+        return str(item["msg"])
+    return f"{path} = {item['input']!r} is not valid: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[str]) -> Mapping[str, Any]:
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return model.model_fields
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+def read_config(path: Path) -> dict[str, Any]:
+    """A YAML file of settings.
+
+    Raises:
+        SettingsError: missing, unreadable, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SettingsError(f"the configuration file '{path}' cannot be read: {reason}") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"the configuration file '{path}' is not YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise SettingsError(f"the configuration file '{path}' must hold a mapping of settings, not a {type(data).__name__}")
+    return {str(key): value for key, value in data.items()}
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings laid over one another, the last winning; a component given by another name starts afresh."""
+    out: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            value = _named(value) if key in COMPONENTS else value
+            old = out.get(key)
+            if isinstance(old, dict) and isinstance(value, Mapping):
+                renamed = key in COMPONENTS and value.get("name", old.get("name")) != old.get("name")
+                out[key] = dict(value) if renamed else merge(old, value)
+            else:
+                out[key] = value
+    return out
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """`estimator.damping=1e-3` -> {"estimator": {"damping": 0.001}}; values are YAML."""
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise SettingsError(f"--set needs KEY=VALUE such as estimator.damping=1e-3; '{text}' was given")
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise SettingsError(f"the value in --set {text} is not YAML") from None
+    if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    for key in reversed(keys):
+        parsed = {key: parsed}
+    return cast(dict[str, Any], parsed)
+
+

@@ -1,0 +1,186 @@
+"""`cifar10`: the ResNet-20 family from a dense checkpoint, on torchvision's files or a parquet folder."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sparsekit.errors import DataError
+from sparsekit.interfaces import FinetuneSettings, Split, Task, TaskSettings
+from sparsekit.likelihoods import Categorical
+from sparsekit.models import load_checkpoint, resnet
+from sparsekit.tasks.images import ImageBatches, cache_directory
+
+File = Literal["train", "test"]
+
+
+class Cifar10Settings(TaskSettings):
+    """Settings of `cifar10`."""
+
+    architecture: Literal["resnet20", "resnet32", "resnet44", "resnet56"] = Field(
+        "resnet20", description="what the checkpoint is of"
+    )
+    download: bool = Field(False, description="let torchvision download the data into data_dir")
+
+
+class Cifar10(Task):
+    """CIFAR-10 (Krizhevsky, 2009): 50,000 training images; the 10,000 test images split into tuning (even
+    indices) and reporting (odd).
+    """  # noqa: D205
+
+    name: ClassVar[str] = "cifar10"
+    Settings: ClassVar[type[TaskSettings]] = Cifar10Settings
+    likelihood = Categorical()
+    finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=0, learning_rate=0.02)  # type: ignore[call-arg]
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings)
+        if settings.checkpoint is None:
+            raise DataError(
+                f"the task 'cifar10' prunes a trained {settings.architecture}; give its weights by --checkpoint"
+            )
+        if not Path(settings.checkpoint).is_file():
+            raise DataError(f"there is no checkpoint file '{settings.checkpoint}'")
+        if settings.data_dir is None:
+            raise DataError("the task 'cifar10' needs --data-dir: torchvision's folder or one of parquet files")
+        self._root = Path(settings.data_dir)
+        if not self._root.is_dir() and not settings.download:
+            raise DataError(f"there is no data directory '{self._root}'")
+        self._parquet = any(self._root.glob("test-*.parquet"))
+        if not (self._parquet or settings.download or (self._root / "cifar-10-batches-py").is_dir()):
+            raise DataError(
+                f"'{self._root}' holds neither train-*.parquet and test-*.parquet nor cifar-10-batches-py; give "
+                "another --data-dir, or set task.download=true where there is a network"
+            )
+        self._decoded: dict[File, tuple[Tensor, Tensor]] = {}
+
+    def network(self) -> nn.Module:
+        """The architecture, untrained."""
+        return resnet(int(self.settings.architecture.removeprefix("resnet")))
+
+    def model(self) -> nn.Module:
+        """With the checkpoint's weights."""
+        model = self.network()
+        load_checkpoint(model, Path(self.settings.checkpoint))
+        return model.eval()
+
+    def size(self, split: Split) -> int:
+        """Read from the files' headers where they have one."""
+        file: File = "train" if split == "train" else "test"
+        if self._parquet and file not in self._decoded:
+            import pyarrow.parquet as pq  # noqa: PLC0415
+
+            count = sum(pq.ParquetFile(path).metadata.num_rows for path in self._files(file))
+        else:
+            count = len(self._arrays(file)[1])
+        return int(count) if split == "train" else (count + (split == "tuning")) // 2
+
+    def batches(  # noqa: D102
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        limit: int | None = None,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
+    ) -> ImageBatches:
+        images, labels = self._arrays("train" if split == "train" else "test")
+        if split != "train":
+            half = slice(0 if split == "tuning" else 1, None, 2)
+            images, labels = images[half], labels[half]
+        return ImageBatches(
+            images,
+            labels,
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            batch_size=batch_size,
+            limit=limit,
+            generator=generator,
+            augment=augment,
+        )
+
+    def fingerprint(self) -> str:
+        """Of the contents of all data files, in name order."""
+        digest = hashlib.sha256()
+        for path in (*self._files("train"), *self._files("test")):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def _files(self, file: File) -> list[Path]:
+        if self._parquet:
+            found = sorted(self._root.glob(f"{file}-*.parquet"))
+            if not found:
+                raise DataError(f"'{self._root}' holds no {file}-*.parquet")
+            return found
+        folder = self._root / "cifar-10-batches-py"
+        return sorted(folder.glob("data_batch_*" if file == "train" else "test_batch*"))
+
+    def _arrays(self, file: File) -> tuple[Tensor, Tensor]:
+        """(N, 3, 32, 32) uint8 and (N,) int64, decoded once."""
+        if file not in self._decoded:
+            images, labels = self._from_parquet(file) if self._parquet else self._from_torchvision(file)
+            self._decoded[file] = torch.from_numpy(images).movedim(-1, 1).contiguous(), torch.from_numpy(labels)
+        return self._decoded[file]
+
+    def _from_torchvision(self, file: File) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        from torchvision.datasets import CIFAR10  # noqa: PLC0415
+
+        try:
+            data = CIFAR10(str(self._root), train=file == "train", download=self.settings.download)
+        except RuntimeError as error:
+            raise DataError(f"torchvision cannot read CIFAR-10 in '{self._root}': {error}") from error
+        return data.data, np.asarray(data.targets, dtype=np.int64)
+
+    def _from_parquet(self, file: File) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        paths = self._files(file)
+        # Decoding takes seconds a shard; what was decoded is known by its files' names, sizes and times.
+        known = "".join(f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths)
+        cached = cache_directory() / f"cifar10-{file}-{hashlib.sha256(known.encode()).hexdigest()[:16]}.npz"
+        try:
+            with np.load(cached) as arrays:
+                return arrays["images"], arrays["labels"]
+        except (OSError, ValueError, KeyError, EOFError):
+            pass  # not there yet, or not whole
+        images, labels = _decode(paths)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cached.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("wb") as out:
+            np.savez(out, images=images, labels=labels)
+        os.replace(temporary, cached)
+        return images, labels
+
+
+def _decode(paths: list[Path]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    import pyarrow.parquet as pq  # noqa: PLC0415
+    from PIL import Image  # noqa: PLC0415
+
+    def pixels(cell: dict[str, Any]) -> np.ndarray[Any, Any]:
+        return np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
+
+    images: list[np.ndarray[Any, Any]] = []
+    labels: list[int] = []
+    for path in paths:
+        try:
+            table = pq.read_table(path)
+        except OSError as error:  # pyarrow's own errors are OSErrors and ValueErrors
+            raise DataError(f"'{path}' cannot be read: {error}") from error
+        column = next((name for name in ("img", "image") if name in table.column_names), None)
+        if column is None or "label" not in table.column_names:
+            raise DataError(
+                f"'{path}' has the columns {', '.join(table.column_names)}; 'img' or 'image', and 'label', were needed"
+            )
+        with ThreadPoolExecutor() as pool:  # the decoders release the interpreter's lock
+            images += pool.map(pixels, table[column].to_pylist())
+        labels += table["label"].to_pylist()
+    return np.stack(images), np.asarray(labels, dtype=np.int64)

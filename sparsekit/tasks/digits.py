@@ -1,0 +1,126 @@
+"""`digits`: scikit-learn's bundled 8 × 8 images and a small network, trained here on first use."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sparsekit.errors import DataError
+from sparsekit.finetune import finetune
+from sparsekit.interfaces import FinetuneSettings, Split, Task
+from sparsekit.likelihoods import Categorical
+from sparsekit.models import DigitsNet, load_checkpoint
+from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.tasks.images import ImageBatches, cache_directory
+
+#: 1,797 images: these for training, the rest split between tuning (even) and reporting (odd).
+TRAINING = 1297
+#: Raised with every change of the recipe or the architecture: cached networks are then trained anew.
+RECIPE_VERSION = 1
+RECIPE = FinetuneSettings(epochs=40, learning_rate=0.05, momentum=0.9, weight_decay=5e-4, batch_size=64)  # type: ignore[call-arg]
+
+
+class Digits(Task):
+    """Handwritten digits, real but tiny: good for trying things out, too easy to rank methods by."""
+
+    name: ClassVar[str] = "digits"
+    likelihood = Categorical()
+    finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=3, learning_rate=0.02, batch_size=64)  # type: ignore[call-arg]
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings)
+        if settings.data_dir is not None:
+            raise DataError("the task 'digits' brings its own images; leave --data-dir out")
+        if settings.checkpoint is not None and not Path(settings.checkpoint).is_file():
+            raise DataError(f"there is no checkpoint file '{settings.checkpoint}'; leave it out to train one")
+
+    def network(self) -> nn.Module:
+        """`DigitsNet`, untrained, the same for the same seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            return DigitsNet()
+
+    def model(self) -> nn.Module:
+        """From `checkpoint`, else from the cache, else trained here (some seconds)."""
+        model = self.network()
+        if self.settings.checkpoint is not None:
+            load_checkpoint(model, Path(self.settings.checkpoint))
+            return model.eval()
+        cached = cache_directory() / f"digits-v{RECIPE_VERSION}-seed{self.settings.seed}.safetensors"
+        try:
+            load_checkpoint(model, cached)
+        except DataError:  # not there yet, or not whole
+            self._train(model)
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            temporary = cached.with_suffix(f".{os.getpid()}.tmp")
+            save_file(model.state_dict(), temporary)
+            os.replace(temporary, cached)
+        return model.eval()
+
+    def _train(self, model: nn.Module) -> None:
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        space = ParameterSpace.of(model)
+        batches = self.batches("train", batch_size=RECIPE.batch_size, generator=generator)
+        finetune(
+            model,
+            self.likelihood,
+            lambda: batches,
+            space,
+            Mask.full(space.size),
+            RECIPE,
+            batches_per_epoch=-(-TRAINING // RECIPE.batch_size),
+        )
+
+    @cached_property
+    def _arrays(self) -> tuple[Tensor, Tensor]:
+        from sklearn.datasets import load_digits  # noqa: PLC0415 - a second to import, and only here
+
+        bunch = load_digits()
+        order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
+        images = (torch.from_numpy(bunch.images) * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
+        return images[order], torch.from_numpy(bunch.target).long()[order]
+
+    def _part(self, split: Split) -> tuple[Tensor, Tensor]:
+        where = {
+            "train": slice(0, TRAINING),
+            "tuning": slice(TRAINING, None, 2),
+            "reporting": slice(TRAINING + 1, None, 2),
+        }[split]
+        images, labels = self._arrays
+        return images[where], labels[where]
+
+    def size(self, split: Split) -> int:
+        """1,297 for training, 250 each for tuning and reporting."""
+        return len(self._part(split)[1])
+
+    def batches(  # noqa: D102
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        limit: int | None = None,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
+    ) -> ImageBatches:
+        images, labels = self._part(split)
+        return ImageBatches(
+            images,
+            labels,
+            mean=(0.306,),
+            std=(0.376,),
+            batch_size=batch_size,
+            limit=limit,
+            generator=generator,
+        )
+
+    def fingerprint(self) -> str:
+        """Of all pixels and labels in their order."""
+        images, labels = self._arrays
+        return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()

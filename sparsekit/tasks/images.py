@@ -1,0 +1,81 @@
+"""Images in memory, batch by batch; and where tasks cache what is costly to make."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import platformdirs
+import torch
+from torch import Tensor
+
+from sparsekit.objective import Batch
+
+
+def cache_directory() -> Path:
+    """$SPARSEKIT_CACHE, or the platform's folder for caches."""
+    return Path(os.environ.get("SPARSEKIT_CACHE") or platformdirs.user_cache_dir("sparsekit"))
+
+
+class ImageBatches:
+    """Batches of normalised images from uint8 storage; can be iterated over again.
+
+    Args:
+        images: (N, C, h, w) uint8.
+        labels: (N,) int64.
+        mean, std: by channel, of pixels scaled to [0, 1].
+        batch_size: the last batch may be short.
+        limit: at most so many; with a generator a random subset, drawn here and in the same order ever after.
+        generator: on the CPU; without `limit` the order is drawn anew at each iteration.
+        augment: shift by up to `padding` pixels and mirror at random; needs the generator.
+        padding: see `augment`.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        batch_size: int,
+        limit: int | None = None,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
+        padding: int = 4,
+    ) -> None:
+        if augment and generator is None:
+            raise ValueError("augmentation draws at random and needs a generator")
+        self._images, self._labels = images, labels
+        self._mean, self._std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        self._batch_size, self._generator = batch_size, generator
+        self._augment, self._padding = augment, padding
+        self._fixed: Tensor | None = None
+        if limit is not None:
+            self._fixed = self._order()[:limit]
+        elif generator is None:
+            self._fixed = torch.arange(len(labels))
+
+    def _order(self) -> Tensor:
+        count = len(self._labels)
+        return torch.arange(count) if self._generator is None else torch.randperm(count, generator=self._generator)
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = self._order() if self._fixed is None else self._fixed
+        for indices in order.split(self._batch_size):
+            pixels = self._images[indices]
+            if self._augment:
+                pixels = self._shifted(pixels)
+            yield (pixels.float() / 255 - self._mean) / self._std, self._labels[indices]
+
+    def _shifted(self, pixels: Tensor) -> Tensor:
+        """Zero padding, a random crop of the old size, a mirror image for every other image."""
+        p, (count, _, height, width) = self._padding, pixels.shape
+        padded = torch.nn.functional.pad(pixels, (p, p, p, p))
+        top, left = torch.randint(0, 2 * p + 1, (2, count, 1, 1, 1), generator=self._generator)
+        mirrored = torch.rand(count, 1, generator=self._generator) < 0.5
+        rows = top + torch.arange(height).view(1, 1, -1, 1)
+        columns = torch.arange(width).expand(count, -1)
+        columns = torch.where(mirrored, columns.flip(1), columns).view(count, 1, 1, -1) + left
+        return padded[torch.arange(count).view(-1, 1, 1, 1), torch.arange(pixels.shape[1]).view(1, -1, 1, 1), rows, columns]

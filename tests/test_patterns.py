@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from sparsekit.errors import SettingsError
+from sparsekit.interfaces import Settings
+from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.patterns import NM, NMSettings, Uniform, Unstructured, lowest
+
+SPACE = ParameterSpace({"a": (4, 8), "b": (3, 5), "c": (2, 3)})
+
+
+def chosen(pattern, sparsity, mask=None, seed=0):
+    scores = torch.rand(SPACE.size, generator=torch.Generator().manual_seed(seed))
+    mask = mask or Mask.full(SPACE.size)
+    return pattern.choose(scores, mask, pattern.count(SPACE, sparsity), SPACE), scores
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.333, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("pattern", [Unstructured(Settings()), Uniform(Settings())], ids=lambda p: p.name)
+def test_exactly_the_feasible_number_is_removed(pattern, sparsity):
+    removed, _ = chosen(pattern, sparsity)
+    assert int(removed.sum()) == pattern.count(SPACE, sparsity)
+
+
+def test_unstructured_counts_round_of_s_times_n():
+    assert Unstructured(Settings()).count(SPACE, 0.5) == round(0.5 * 53)
+
+
+def test_unstructured_takes_the_lowest():
+    removed, scores = chosen(Unstructured(Settings()), 0.5)
+    assert scores[removed].max() < scores[~removed].min()
+
+
+def test_ties_are_broken_by_index():
+    picked = lowest(torch.zeros(6), torch.tensor([1, 1, 0, 1, 1, 1], dtype=torch.bool), 3)
+    assert picked.tolist() == [True, True, False, True, False, False]
+
+
+def test_removed_weights_are_not_chosen_again():
+    before, _ = chosen(Unstructured(Settings()), 0.4)
+    mask = Mask(~before)
+    again, _ = chosen(Unstructured(Settings()), 0.7, mask, seed=1)
+    assert not (again & before).any()
+    assert int((again | before).sum()) == round(0.7 * SPACE.size)
+
+
+def test_uniform_removes_the_same_fraction_of_each_tensor():
+    removed, _ = chosen(Uniform(Settings()), 0.5)
+    shares = [int(removed[info.slice].sum()) for info in SPACE.parameters]
+    assert shares == [16, 8, 3]
+
+
+def test_two_of_four_stay_in_every_whole_group():
+    removed, _ = chosen(NM(NMSettings()), 0.5)
+    groups = removed[:32].view(-1, 4)
+    assert (groups.sum(1) == 2).all()
+
+
+def test_a_short_group_stays_whole():
+    removed, _ = chosen(NM(NMSettings()), 0.5)
+    rows = removed[32:47].view(3, 5)
+    assert not rows[:, 4].any()
+    assert not removed[47:].any()
+
+
+def test_n_of_m_on_the_way_never_takes_more_than_a_group_allows():
+    pattern = NM(NMSettings())
+    first, _ = chosen(pattern, 0.3)
+    second, _ = chosen(pattern, 0.5, Mask(~first), seed=3)
+    assert ((first | second)[:32].view(-1, 4).sum(1) == 2).all()
+
+
+def test_more_than_the_pattern_allows_is_refused():
+    with pytest.raises(SettingsError, match=r"2:4 removes at most 0.5 of the weights, 0.6 was asked for"):
+        NM(NMSettings()).count(SPACE, 0.6)
