@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from sparsekit.curvature.rows import FisherKind
 from sparsekit.errors import CurvatureError
 from sparsekit.likelihoods import Likelihood
 from sparsekit.objective import Batch, Objective, as_found
@@ -19,7 +20,6 @@ from sparsekit.removal import InverseFisher
 #: Raised whenever a change here would break plugins; part of every run's identity.
 INTERFACE_VERSION = 1
 
-FisherKind = Literal["sampled", "exact", "empirical"]
 Split = Literal["train", "tuning", "reporting"]
 
 
@@ -32,13 +32,16 @@ class Settings(BaseModel):
 class EstimatorSettings(Settings):
     """What every curvature estimator can be told. An estimator adds its own and may change defaults."""
 
-    damping: float = Field(1e-4, gt=0, allow_inf_nan=False, description="γ, added to the Fisher's diagonal")
+    damping: float = Field(
+        0.1, gt=0, allow_inf_nan=False, description="γ, added to the Fisher's diagonal; see damping_scale"
+    )
     damping_scale: Literal["absolute", "relative"] = Field(
-        "absolute", description="relative: γ is `damping` times the mean of the Fisher's diagonal"
+        "relative", description="relative: γ is `damping` times the mean of the Fisher's diagonal"
     )
     fisher: FisherKind = Field(
-        "sampled",
-        description="labels sampled from the model, every label weighted exactly, or the data's own (empirical)",
+        "importance",
+        description="importance: one column of the output curvature's root an example, drawn by its length; "
+        "sampled: a label from the model; exact: all columns; empirical: the data's own labels",
     )
     examples: int = Field(1024, ge=1, description="calibration examples for each estimate")
     batch_size: int = Field(32, ge=1, description="examples in one forward and backward pass")

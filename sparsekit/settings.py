@@ -107,7 +107,8 @@ def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
     Raises:
         SettingsError, PluginError: with the place, what was given and what was needed.
     """
-    settings = validated(RunSettings, raw, "")
+    names = {kind: RunSettings.model_fields[kind].get_default() for kind in COMPONENTS}
+    settings = validated(RunSettings, merge(names, raw), "")
     classes: dict[str, type[Any]] = {}
     options: dict[str, Settings] = {}
     for kind in COMPONENTS:

@@ -16,6 +16,10 @@ def test_the_defaults_resolve(registry):
     assert run.sparsity == run.classes["task"].sparsity
 
 
+def test_settings_without_a_name_are_the_default_components(registry):
+    assert resolve({"estimator": {"damping": 0.5}}, registry).options["estimator"].damping == 0.5
+
+
 def test_resolved_settings_resolve_to_themselves(registry):
     once = resolve({"estimator": {"name": "obs", "damping": 1e-3}, "sparsity": [0.9, 0.5]}, registry)
     assert resolve(once.as_dict(), registry).as_dict() == once.as_dict()
@@ -36,7 +40,7 @@ def test_resolved_settings_resolve_to_themselves(registry):
         ({"tracking": {"url": "x"}}, "no setting 'tracking.url'; did you mean 'uri'"),
         ({"estimatr": "obs"}, "no setting 'estimatr'; did you mean 'estimator'"),
         ({"device": "gpu"}, "device = 'gpu' is not valid"),
-        ({"estimator": {"damping": 1.0}}, "estimator needs a name"),
+        ({"estimator": {"name": 3}}, "estimator needs a name"),
         ({"compensation": "some"}, "compensation = 'some' is not valid"),
     ],
 )

@@ -15,24 +15,26 @@ from sparsekit.errors import CurvatureError
 from sparsekit.objective import Objective, as_found
 from sparsekit.parameters import ParameterSpace
 
-FisherKind = Literal["sampled", "exact", "empirical"]
+FisherKind = Literal["importance", "sampled", "exact", "empirical"]
 
 #: Examples at a time for parameters whose gradients come from `torch.func`.
 FUNCTIONAL_CHUNK = 16
 
 
 def gradient_rows(
-    objective: Objective, fisher: FisherKind = "sampled", *, generator: torch.Generator | None = None
+    objective: Objective, fisher: FisherKind = "importance", *, generator: torch.Generator | None = None
 ) -> Iterator[Tensor]:
     """Rows G (b, n) with Σ over all rows of g gᵀ = N · F, N the number of examples.
 
-    `sampled` and `empirical` give a row an example; `exact` a row an example and column of Λ^{1/2}, as
-    several blocks of b rows for each batch.
+    One row an example, but for `exact` a row an example and column of Λ^{1/2}, as several blocks of b rows for
+    each batch.
 
     Args:
         objective: the model is left as it was found.
-        fisher: labels drawn from the model; every label, exactly (the Gauss-Newton matrix); the data's own.
-        generator: draws the labels of `sampled`.
+        fisher: one column of Λ^{1/2} for each example, drawn by its length (`importance`); a label drawn from the
+            model (`sampled`); every column (`exact`, the Gauss-Newton matrix); the data's own label (`empirical`).
+            All but the last estimate the same matrix.
+        generator: for what is drawn.
 
     Raises:
         CurvatureError: a gradient is not finite.
@@ -42,7 +44,7 @@ def gradient_rows(
 
 
 def per_example_gradients(
-    objective: Objective, fisher: FisherKind = "sampled", *, generator: torch.Generator | None = None
+    objective: Objective, fisher: FisherKind = "importance", *, generator: torch.Generator | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """As `gradient_rows`, by parameter: name -> (b, *shape).
 
@@ -62,13 +64,15 @@ def per_example_gradients(
         for inputs, targets in objective.on_device():
             with _record(hooked), torch.enable_grad():
                 output = model(inputs)
+            if fisher in ("importance", "sampled") and generator is None:
+                raise ValueError(f"fisher='{fisher}' draws at random and needs a generator")
             if fisher == "sampled":
-                if generator is None:
-                    raise ValueError("sampled labels need a generator")
-                targets = likelihood.sample(output.detach(), generator)
-            if fisher == "exact":
+                targets = likelihood.sample(output.detach(), generator)  # type: ignore[arg-type]
+            if fisher in ("importance", "exact"):
                 scale = likelihood.score_scale(likelihood.positions(output))
                 vectors = [column * scale for column in likelihood.root_columns(output)]
+                if fisher == "importance":
+                    vectors = [_drawn_column(vectors, generator)]  # type: ignore[arg-type]
             else:
                 leaf = output.detach().requires_grad_(True)
                 with torch.enable_grad():
@@ -85,6 +89,24 @@ def per_example_gradients(
                             f"the gradients of '{name}' are not finite; check the data, the loss and the weights"
                         )
                 yield rows
+
+
+def _drawn_column(columns: list[Tensor], generator: torch.Generator) -> Tensor:
+    """One column of Λ^{1/2} an example, drawn by its squared length and divided by the root of its probability.
+
+    E[v vᵀ] = Λ as for a sampled label, and v has the same length √tr Λ whatever is drawn. Where a network is sure
+    of its answer, almost every sampled label gives a vanishing gradient and a rare one a huge one; this draw has
+    no such noise, for the same single backward pass.
+    """
+    stacked = torch.stack([column.flatten(1) for column in columns])  # (K, N, ·)
+    squares = stacked.square().sum(-1).double()  # (K, N)
+    total = squares.sum(0)
+    uniform = torch.rand(len(total), generator=generator, device=generator.device, dtype=torch.float64)
+    index = (squares.cumsum(0) < uniform.to(total.device) * total).sum(0).clamp_max(len(columns) - 1)
+    every = torch.arange(len(total), device=total.device)
+    weight = (total / squares[index, every].clamp_min(1e-300)).sqrt()
+    weight = torch.where(squares[index, every] > 0, weight, 0.0).to(stacked.dtype)
+    return (stacked[index, every] * weight[:, None]).view_as(columns[0])
 
 
 # -- layers whose gradients follow from inputs and output gradients ------------------------------------------

@@ -28,7 +28,6 @@ class BlockFisherSettings(EstimatorSettings):
     The published damping is 1e-7 (absolute), with an advised grid of 1e-4 … 1e-8 and batched gradients.
     """
 
-    damping: float = Field(1e-4, gt=0, allow_inf_nan=False, description="γ, added to the Fisher's diagonal")
     fisher: FisherKind = Field("empirical", description="the data's own labels, as published; or sampled, exact")
     block_size: int = Field(50, ge=1, description="B, consecutive weights of a tensor in one block")
     decay: float = Field(0.0, ge=0, lt=1, description="weight of earlier estimates at a refresh; 0: starts afresh")

@@ -1,0 +1,116 @@
+"""The tables of docs/results.md: runs what is not yet on disk, then prints Markdown.
+
+    python benchmarks/tables.py digits --output results
+    python benchmarks/tables.py resnet20 --output results --data-dir CIFAR10 --checkpoint resnet20.th
+
+Interrupted, it goes on where it stopped: a finished run is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from sparsekit.records import RunRecord
+from sparsekit.run import execute, load_registry
+from sparsekit.settings import merge, resolve
+
+REGISTRY = load_registry()
+Row = tuple[str, dict[str, Any]]
+
+DIGITS: list[Row] = [
+    ("fishleg, joint", {"estimator": "fishleg"}),
+    ("obs, joint", {"estimator": "obs"}),
+    ("diagonal", {"estimator": "diagonal"}),
+    ("magnitude", {"estimator": "identity"}),
+    ("random", {"estimator": "identity", "saliency": "random"}),
+]
+
+ONE_SHOT = {"schedule": "one-shot"}
+RESNET20: list[Row] = [
+    ("magnitude", {**ONE_SHOT, "estimator": "identity", "compensation": "none"}),
+    *((f"obs, {how}", {**ONE_SHOT, "estimator": "obs", "compensation": how}) for how in ("none", "independent", "joint")),
+    *(
+        (
+            f"fishleg, {how}",
+            {**ONE_SHOT, "estimator": {"name": "fishleg", "examples": 2048}, "compensation": how},
+        )
+        for how in ("none", "independent", "joint")
+    ),
+    ("fishleg, joint, 4 refreshes a level", {**ONE_SHOT, "estimator": "fishleg", "substeps": 4}),
+]
+
+
+def records(rows: Sequence[Row], base: dict[str, Any], seeds: Sequence[int]) -> Iterator[tuple[str, list[RunRecord]]]:
+    for name, settings in rows:
+        found = []
+        for seed in seeds:
+            per_seed = {"seed": seed} if base["task"]["name"] != "digits" else {"seed": seed, "task": {"seed": seed}}
+            resolved = resolve(merge(base, settings, per_seed), REGISTRY)
+            print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
+            found.append(execute(resolved, REGISTRY, resume=True).record)
+        yield name, found
+
+
+def spread(values: Sequence[float], scale: float = 100.0) -> str:
+    mean = f"{scale * statistics.mean(values):.1f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({scale * min(values):.1f}–{scale * max(values):.1f})"
+
+
+def table(rows: Iterator[tuple[str, list[RunRecord]]], levels: Sequence[float], phase: str) -> None:
+    print(f"\n| {phase} | {' | '.join(f'{100 * s:g} %' for s in levels)} | curvature s | all s | peak MiB |")
+    print("|---|" + "---|" * (len(levels) + 3))
+    for name, runs in rows:
+        cells = []
+        for index in range(len(levels)):
+            results = [getattr(run.levels[index], phase) for run in runs]
+            cells.append("–" if results[0] is None else spread([r["accuracy"] for r in results]))
+        seconds = [run.seconds.get("curvature", 0.0) for run in runs]
+        totals = [run.seconds["total"] for run in runs]
+        peak = max(run.peak_memory_bytes for run in runs) / 2**20
+        print(
+            f"| {name} | {' | '.join(cells)} | {statistics.mean(seconds):.0f} | {statistics.mean(totals):.0f} "
+            f"| {peak:.0f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Run and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["digits", "resnet20"])
+    parser.add_argument("--output", default="results")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--split", default="reporting", choices=["tuning", "reporting"])
+    parser.add_argument("--only", help="rows whose name contains this")
+    options = parser.parse_args()
+    seeds = range(options.seeds)
+    base: dict[str, Any] = {"output": options.output, "tracking": {"enabled": False}, "split": options.split}
+    if options.what == "digits":
+        levels, rows = [0.5, 0.7, 0.8, 0.9, 0.95], DIGITS
+        base |= {"task": {"name": "digits"}, "schedule": "one-shot", "levels": "independent"}
+    else:
+        levels, rows = [0.5, 0.6, 0.7, 0.8, 0.9], RESNET20
+        base |= {"task": {"name": "cifar10", "data_dir": options.data_dir, "checkpoint": options.checkpoint}}
+    base["sparsity"] = levels
+    if options.only:
+        rows = [row for row in rows if options.only in row[0]]
+    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, {options.split} half")
+    found = list(records(rows, base, seeds))
+    table(iter(found), levels, "pruned")
+    if options.what == "digits":
+        table(iter(found), levels, "finetuned")
+
+
+if __name__ == "__main__":
+    main()

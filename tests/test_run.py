@@ -1,0 +1,103 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparsekit.errors import RecordError
+from sparsekit.pruner import StepCompleted
+from sparsekit.run import execute, load_registry
+from sparsekit.settings import resolve
+
+REGISTRY = load_registry()
+
+
+def settings(tmp_path, **changes):
+    raw = {
+        "estimator": {"name": "fishleg", "examples": 128, "auxiliary_steps": 2, "check_every": 1},
+        "sparsity": [0.6, 0.9],
+        "steps": 2,
+        "finetune": {"epochs": 0.3},
+        "output": str(tmp_path),
+        "tracking": {"enabled": False},
+    }
+    return resolve(raw | changes, REGISTRY)
+
+
+def result(outcome):
+    return load_file(outcome.path / "weights.safetensors")
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def interrupt_after(step):
+    def listener(event):
+        if isinstance(event, StepCompleted) and event.step.index == step:
+            raise KeyboardInterrupt
+
+    return listener
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"estimator": {"name": "obs", "examples": 128}, "finetune": {"epochs": 0}, "schedule": "one-shot"},
+        {"estimator": {"name": "fishleg", "examples": 128, "after_cut": "learn", "refresh": "auxiliary"}},
+    ],
+    ids=["gradual", "independent levels", "learned"],
+)
+def test_resume_equals_uninterrupted(tmp_path, changes):
+    whole = execute(settings(tmp_path / "a", **changes), REGISTRY)
+    with pytest.raises(KeyboardInterrupt):
+        execute(settings(tmp_path / "b", **changes), REGISTRY, listener=interrupt_after(1))
+    resumed = execute(settings(tmp_path / "b", **changes), REGISTRY, resume=True)
+    assert same(result(whole), result(resumed))
+    assert [level.pruned for level in whole.record.levels] == [level.pruned for level in resumed.record.levels]
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path):
+    first, second = (execute(settings(tmp_path / name), REGISTRY) for name in "ab")
+    assert same(result(first), result(second))
+
+
+def test_another_seed_gives_other_numbers_and_another_directory(tmp_path):
+    first, second = execute(settings(tmp_path), REGISTRY), execute(settings(tmp_path, seed=1), REGISTRY)
+    assert first.path != second.path
+    assert not same(result(first), result(second))
+
+
+def test_an_unfinished_run_is_not_overwritten(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        execute(settings(tmp_path), REGISTRY, listener=interrupt_after(1))
+    with pytest.raises(RecordError, match="go on with --resume, or start again with --fresh"):
+        execute(settings(tmp_path), REGISTRY)
+
+
+def test_a_run_that_died_before_its_first_step_resumes_from_the_start(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        execute(settings(tmp_path), REGISTRY, listener=lambda event: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert execute(settings(tmp_path), REGISTRY, resume=True).record.status == "finished"
+
+
+def test_where_results_go_does_not_change_a_runs_identity(tmp_path):
+    first, second = (execute(settings(tmp_path / name), REGISTRY) for name in "ab")
+    assert first.record.key == second.record.key
+
+
+def test_the_record_on_disk_is_the_one_returned_and_no_checkpoint_stays(tmp_path):
+    outcome = execute(settings(tmp_path), REGISTRY)
+    on_disk = json.loads((outcome.path / "record.json").read_text())
+    assert on_disk["key"] == outcome.record.key
+    assert on_disk["status"] == "finished"
+    assert not (outcome.path / "checkpoint").exists()
+
+
+def test_joint_compensation_predicts_no_more_than_none(tmp_path):
+    one_cut = {"schedule": "one-shot", "finetune": {"epochs": 0}}
+    joint = execute(settings(tmp_path, **one_cut), REGISTRY)
+    none = execute(settings(tmp_path, **one_cut, compensation="none"), REGISTRY)
+    for a, b in zip(joint.record.levels, none.record.levels, strict=True):
+        assert a.predicted_increase <= b.predicted_increase
