@@ -35,7 +35,10 @@ DIGITS: list[Row] = [
 ONE_SHOT = {"schedule": "one-shot"}
 RESNET20: list[Row] = [
     ("magnitude", {**ONE_SHOT, "estimator": "identity", "compensation": "none"}),
-    *((f"obs, {how}", {**ONE_SHOT, "estimator": "obs", "compensation": how}) for how in ("none", "independent", "joint")),
+    *(
+        (f"obs, {how}", {**ONE_SHOT, "estimator": "obs", "compensation": how})
+        for how in ("none", "independent", "joint")
+    ),
     *(
         (
             f"fishleg, {how}",

@@ -1,13 +1,21 @@
 """Second-order pruning of neural networks."""
 
 from sparsekit.api import Pruned, prune
-from sparsekit.errors import CurvatureError, DataError, ModelError, PluginError, RecordError, SettingsError, SparsekitError
+from sparsekit.curvature.rows import FisherKind
+from sparsekit.errors import (
+    CurvatureError,
+    DataError,
+    ModelError,
+    PluginError,
+    RecordError,
+    SettingsError,
+    SparsekitError,
+)
 from sparsekit.hookspecs import hookimpl
 from sparsekit.interfaces import (
     CurvatureEstimator,
     EstimatorSettings,
     FinetuneSettings,
-    FisherKind,
     Pattern,
     Saliency,
     Schedule,

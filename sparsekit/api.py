@@ -71,14 +71,17 @@ def prune(
         loss: 'categorical', 'bernoulli', 'gaussian', a plain torch loss, or a `Likelihood`. Any other callable
             has no distribution to sample labels from: then give the estimator fisher='empirical'.
         sparsity: fraction of the prunable weights to remove, in [0, 1).
-        estimator, saliency, pattern, schedule: a name, or a mapping with `name` and settings, for example
-            {"name": "fishleg", "damping": 1e-3, "examples": 512}.
-        steps, substeps: cuts with fine-tuning after each (no effect on one-shot), and parts of each cut with
-            the curvature refreshed between them.
+        estimator: a name, or a mapping with `name` and settings: {"name": "fishleg", "examples": 512}.
+        saliency: the same.
+        pattern: the same.
+        schedule: the same.
+        steps: cuts with fine-tuning after each; no effect on one-shot.
+        substeps: parts of each cut, with the curvature refreshed between them.
         compensation: 'joint', 'independent' or 'none'.
         finetune: settings such as {"epochs": 1, "learning_rate": 0.01}; without it there is none.
         evaluation: batches, or model -> metrics; by default the loss and accuracy on `data`.
-        include, exclude: shell patterns on parameter names.
+        include: shell patterns of parameter names to prune; by default weights of two or more dimensions.
+        exclude: shell patterns that win over `include`.
         seed: of sampled labels and everything else that is random.
         inplace: prune `model` itself rather than a copy.
 

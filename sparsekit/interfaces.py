@@ -69,7 +69,7 @@ class CurvatureEstimator(ABC):
     def inverse(self, damping: float | None = None) -> InverseFisher:
         """Σ from the statistics so far; another damping reuses them where the method allows."""
 
-    def shrink(self, mask: Mask) -> None:
+    def shrink(self, mask: Mask) -> None:  # noqa: B027 - following a cut is optional
         """Follow a cut. By default nothing: removal conditions on removed weights exactly."""
 
     @abstractmethod
@@ -211,7 +211,7 @@ class Task(ABC):
     Settings: ClassVar[type[TaskSettings]] = TaskSettings
     likelihood: Likelihood
     #: What fine-tuning does unless the run says otherwise.
-    finetune: ClassVar[FinetuneSettings] = FinetuneSettings()  # type: ignore[call-arg]
+    finetune: ClassVar[FinetuneSettings] = FinetuneSettings()
     #: The run's default sparsities.
     sparsity: ClassVar[tuple[float, ...]] = (0.9,)
 
@@ -265,8 +265,8 @@ def measure(model: nn.Module, likelihood: Likelihood, batches: Iterable[Batch]) 
     device = next(model.parameters()).device
     loss, right, count, has_accuracy = 0.0, 0.0, 0, True
     with as_found(model), torch.no_grad():
-        for inputs, targets in batches:
-            output, targets = model(inputs.to(device)), targets.to(device)
+        for inputs, given in batches:
+            output, targets = model(inputs.to(device)), given.to(device)
             loss += float(likelihood.losses(output, targets).double().sum())
             accuracy = likelihood.accuracy(output, targets)
             has_accuracy = accuracy is not None

@@ -78,10 +78,10 @@ class Categorical(Likelihood):
     reduction: Reduction = "mean"
     name = "categorical"
 
-    def elementwise(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+    def elementwise(self, output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output, target, reduction="none").unsqueeze(-1)
 
-    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         probabilities = output.detach().movedim(1, -1).double().softmax(-1)  # (N, …, C)
         shape = (*probabilities.shape[:-1], 1)
         uniform = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
@@ -99,7 +99,7 @@ class Categorical(Likelihood):
             column = probabilities[:, c : c + 1].sqrt() * (probabilities - unit)
             yield from _one_position_at_a_time(column, positions)
 
-    def positions(self, output: Tensor) -> int:  # noqa: D102
+    def positions(self, output: Tensor) -> int:
         return output[0, 0].numel()
 
     def accuracy(self, output: Tensor, target: Tensor) -> Tensor:
@@ -114,11 +114,11 @@ class Bernoulli(Likelihood):
     reduction: Reduction = "mean"
     name = "bernoulli"
 
-    def elementwise(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+    def elementwise(self, output: Tensor, target: Tensor) -> Tensor:
         values = F.binary_cross_entropy_with_logits(output, target.to(output.dtype), reduction="none")
         return values.reshape(len(output), -1)
 
-    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         uniform = torch.rand(output.shape, generator=generator, device=generator.device)
         return (uniform.to(output.device) < output.detach().sigmoid()).to(output.dtype)
 
@@ -127,7 +127,7 @@ class Bernoulli(Likelihood):
         p = output.detach().sigmoid()
         yield from _one_unit_at_a_time((p * (1 - p)).sqrt())
 
-    def positions(self, output: Tensor) -> int:  # noqa: D102
+    def positions(self, output: Tensor) -> int:
         return output[0].numel()
 
     def accuracy(self, output: Tensor, target: Tensor) -> Tensor:
@@ -146,10 +146,10 @@ class Gaussian(Likelihood):
     reduction: Reduction = "mean"
     name = "gaussian"
 
-    def elementwise(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+    def elementwise(self, output: Tensor, target: Tensor) -> Tensor:
         return ((output - target).square() / (2 * self.variance)).reshape(len(output), -1)
 
-    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(output.shape, generator=generator, device=generator.device, dtype=output.dtype)
         return output.detach() + self.variance**0.5 * noise.to(output.device)
 
@@ -157,7 +157,7 @@ class Gaussian(Likelihood):
         """e_t / √variance for unit t."""
         yield from _one_unit_at_a_time(torch.full_like(output.detach(), self.variance**-0.5))
 
-    def positions(self, output: Tensor) -> int:  # noqa: D102
+    def positions(self, output: Tensor) -> int:
         return output[0].numel()
 
 
@@ -177,13 +177,13 @@ class Unspecified(Likelihood):
         values = [self.function(output[i : i + 1], target[i : i + 1]) for i in range(len(output))]
         return torch.stack(values).reshape(len(output), 1)
 
-    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         raise self._no_distribution()
 
-    def root_columns(self, output: Tensor) -> Iterator[Tensor]:  # noqa: D102
+    def root_columns(self, output: Tensor) -> Iterator[Tensor]:
         raise self._no_distribution()
 
-    def positions(self, output: Tensor) -> int:  # noqa: D102
+    def positions(self, output: Tensor) -> int:
         return 1
 
     def _no_distribution(self) -> SettingsError:
@@ -233,9 +233,13 @@ def as_likelihood(loss: str | Loss | Likelihood) -> Likelihood:
         if loss not in _NAMED:
             raise SettingsError(f"no loss '{loss}'; known by name: {', '.join(sorted(_NAMED))}")
         return _NAMED[loss]()
-    if loss is F.cross_entropy or _is_plain(loss, nn.CrossEntropyLoss, ("weight",), {"label_smoothing": 0.0, "ignore_index": -100}):
+    if loss is F.cross_entropy or _is_plain(
+        loss, nn.CrossEntropyLoss, ("weight",), {"label_smoothing": 0.0, "ignore_index": -100}
+    ):
         return Categorical()
-    if loss is F.binary_cross_entropy_with_logits or _is_plain(loss, nn.BCEWithLogitsLoss, ("weight", "pos_weight"), {}):
+    if loss is F.binary_cross_entropy_with_logits or _is_plain(
+        loss, nn.BCEWithLogitsLoss, ("weight", "pos_weight"), {}
+    ):
         return Bernoulli()
     if loss is F.mse_loss or _is_plain(loss, nn.MSELoss, (), {}):
         return Gaussian(variance=0.5)

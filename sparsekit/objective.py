@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,8 +111,6 @@ def some(count: int) -> int:
 
 def finite_loss(value: float) -> float:
     """The loss, which must be a number."""
-    if value != value:
-        raise CurvatureError(
-            "the loss is NaN at the present weights; check the data, the loss and the checkpoint"
-        )
+    if math.isnan(value):
+        raise CurvatureError("the loss is NaN at the present weights; check the data, the loss and the checkpoint")
     return value

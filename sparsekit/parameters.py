@@ -163,9 +163,7 @@ class ParameterSpace:
             parameter.copy_(parts[name])
 
 
-def _why_skipped(
-    name: str, tensor: Tensor, include: tuple[str, ...] | None, exclude: tuple[str, ...]
-) -> str | None:
+def _why_skipped(name: str, tensor: Tensor, include: tuple[str, ...] | None, exclude: tuple[str, ...]) -> str | None:
     if any(fnmatchcase(name, pattern) for pattern in exclude):
         return "excluded by name"
     if not tensor.is_floating_point():

@@ -197,9 +197,7 @@ class Pruner:
             residual=removal.residual,
             pruned=pruned,
             finetuned=finetuned,
-            layer_sparsity={
-                info.name: Mask(state.mask.kept[info.slice]).sparsity for info in self.space.parameters
-            },
+            layer_sparsity={info.name: Mask(state.mask.kept[info.slice]).sparsity for info in self.space.parameters},
             seconds=clock.seconds,
         )
 
@@ -233,7 +231,12 @@ class Pruner:
 
 class _Context(ScoreContext):
     def __init__(
-        self, weights: Tensor, mask: Mask, inverse: InverseFisher, objective: Objective, generator: torch.Generator
+        self,
+        weights: Tensor,
+        mask: Mask,
+        inverse: InverseFisher,
+        objective: Objective,
+        generator: torch.Generator,
     ) -> None:
         self._weights, self._mask, self._inverse = weights, mask, inverse
         self._objective, self._generator = objective, generator
@@ -251,7 +254,7 @@ class _Context(ScoreContext):
         return self._inverse
 
     @cached_property
-    def gradient(self) -> Tensor:  # type: ignore[override]
+    def gradient(self) -> Tensor:
         return self._objective.gradient()
 
     @property

@@ -284,9 +284,7 @@ class RunDirectory:
         text = yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
         atomic_write(self.path / "run.yaml", text.encode())
 
-    def write_result(
-        self, space: ParameterSpace, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]
-    ) -> None:
+    def write_result(self, space: ParameterSpace, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
         """`weights.safetensors` and `mask.safetensors`.
 
         Args:

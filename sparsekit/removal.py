@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -46,7 +47,7 @@ class InverseFisher:
 
     @property
     def size(self) -> int:
-        """n."""
+        """N."""
         return self.operator.size
 
     def __matmul__(self, X: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ class InverseFisher:
             # An unfinished solve on the fixed side is not feasible by itself; what is applied still has to be
             # the better of the two.
             delta, increase = target, without
-        if not bool(delta.isfinite().all()) or increase != increase:
+        if not bool(delta.isfinite().all()) or math.isnan(increase):
             raise CurvatureError(f"the update at damping {self.damping:.1e} is not finite; raise the damping")
         delta = torch.where(fixed, target, delta).to(weights.dtype)
         return Removal(torch.where(chosen, -weights, delta), increase, iterations, residual)

@@ -240,9 +240,7 @@ class _Driver:
         options: Any = resolved.options["estimator"]
 
         def calibration(generator: torch.Generator) -> list[Batch]:
-            batches = task.batches(
-                "train", batch_size=options.batch_size, limit=options.examples, generator=generator
-            )
+            batches = task.batches("train", batch_size=options.batch_size, limit=options.examples, generator=generator)
             return list(batches)
 
         def training(generator: torch.Generator) -> Iterable[Batch]:
@@ -342,7 +340,11 @@ class _Driver:
         tracker.metrics(_step_metrics(step, record.parameters["prunable"]), step=event.step.index)
 
     def _level(self, event: StepCompleted, steps: list[StepRecord]) -> LevelRecord:
-        mine = [s for s, planned in zip(steps, _plan(self.resolved), strict=False) if _level_of(planned, self.resolved) == event.step.level]
+        mine = [
+            s
+            for s, planned in zip(steps, _plan(self.resolved), strict=False)
+            if _level_of(planned, self.resolved) == event.step.level
+        ]
         assert event.pruned is not None
         return LevelRecord(
             sparsity=self.resolved.sparsity[event.step.level or 0],
@@ -439,9 +441,7 @@ def _identity(
 
 def _plugins(resolved: ResolvedRun, registry: Registry) -> list[dict[str, Any]]:
     infos = {info.name: info for info in (registry.provider(k, resolved.classes[k].name) for k in COMPONENTS)}
-    return [
-        {"name": info.name, "distribution": info.distribution, "version": info.version} for info in infos.values()
-    ]
+    return [{"name": info.name, "distribution": info.distribution, "version": info.version} for info in infos.values()]
 
 
 def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -477,5 +477,3 @@ def _peak_memory(model: nn.Module) -> int:
 
 def _utc() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-

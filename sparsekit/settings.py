@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -29,7 +30,8 @@ class TrackingSettings(Settings):
 
     enabled: bool = Field(True, description="--no-tracking turns it off")
     uri: str | None = Field(
-        None, description="MLflow's address; default $MLFLOW_TRACKING_URI, else a SQLite file under the output"
+        None,
+        description="MLflow's address; default $MLFLOW_TRACKING_URI, else a SQLite file under the output",
     )
     experiment: str = Field("sparsekit", min_length=1, description="MLflow experiment")
 
@@ -65,7 +67,7 @@ class RunSettings(Settings):
     include: tuple[str, ...] | None = Field(None, description="shell patterns of parameter names to prune")
     exclude: tuple[str, ...] = Field((), description="shell patterns of parameter names to leave alone")
     output: str = Field("runs", description="folder of the runs' directories")
-    tracking: TrackingSettings = Field(TrackingSettings())  # type: ignore[call-arg]
+    tracking: TrackingSettings = Field(TrackingSettings())
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise SettingsError(f"the configuration file '{path}' must hold a mapping of settings, not a {type(data).__name__}")
+        raise SettingsError(
+            f"the configuration file '{path}' must hold a mapping of settings, not a {type(data).__name__}"
+        )
     return {str(key): value for key, value in data.items()}
 
 
@@ -182,8 +186,8 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Mappings laid over one another, the last winning; a component given by another name starts afresh."""
     out: dict[str, Any] = {}
     for layer in layers:
-        for key, value in layer.items():
-            value = _named(value) if key in COMPONENTS else value
+        for key, given in layer.items():
+            value = _named(given) if key in COMPONENTS else given
             old = out.get(key)
             if isinstance(old, dict) and isinstance(value, Mapping):
                 renamed = key in COMPONENTS and value.get("name", old.get("name")) != old.get("name")
@@ -204,12 +208,8 @@ def parse_assignment(text: str) -> dict[str, Any]:
     except yaml.YAMLError:
         raise SettingsError(f"the value in --set {text} is not YAML") from None
     if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as text
-        try:
+        with suppress(ValueError):
             parsed = float(parsed)
-        except ValueError:
-            pass
     for key in reversed(keys):
         parsed = {key: parsed}
     return cast(dict[str, Any], parsed)
-
-

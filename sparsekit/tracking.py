@@ -153,7 +153,7 @@ def _mlflow() -> Any:
     """The one door to mlflow, so that it is never imported before its environment is set."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import mlflow.tracking  # noqa: PLC0415
+    import mlflow.tracking
 
     return mlflow
 
@@ -161,7 +161,7 @@ def _mlflow() -> Any:
 def _failures(*others: type[Exception]) -> tuple[type[Exception], ...]:
     """What mlflow raises when its store fails, and `others`; not what a mistake of ours raises."""
     failure: type[Exception] = _mlflow().exceptions.MlflowException
-    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
+    from sqlalchemy.exc import SQLAlchemyError
 
     return (failure, SQLAlchemyError, OSError, *others)  # requests' exceptions are OSErrors
 

@@ -30,7 +30,10 @@ def test_resolved_settings_resolve_to_themselves(registry):
     [
         ({"estimator": "fishlog"}, "no estimator 'fishlog'; did you mean 'fishleg'"),
         ({"task": "digit"}, "no task 'digit'; did you mean 'digits'"),
-        ({"estimator": {"name": "obs", "dampng": 1}}, "no setting 'estimator.dampng'; did you mean 'damping'"),
+        (
+            {"estimator": {"name": "obs", "dampng": 1}},
+            "no setting 'estimator.dampng'; did you mean 'damping'",
+        ),
         ({"estimator": {"name": "obs", "damping": 0}}, "estimator.damping = 0 is not valid"),
         ({"estimator": {"name": "fishleg", "damping": -1}}, "estimator.damping = -1 is not valid"),
         ({"estimator": {"name": "obs", "damping": "small"}}, "estimator.damping = 'small' is not valid"),

@@ -16,7 +16,8 @@ from sparsekit.run import load_registry
 def plugins(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
     settings: Annotated[
-        str | None, typer.Option("--settings", metavar="NAME", help="Show the settings of what has this name.")
+        str | None,
+        typer.Option("--settings", metavar="NAME", help="Show the settings of what has this name."),
     ] = None,
 ) -> None:
     """List the installed plugins and what they register."""
@@ -49,6 +50,10 @@ def _print_settings(registry: Registry, name: str) -> None:
     for kind in kinds or ["estimator"]:
         table = Table("setting", "default", "meaning", title=f"{kind} {name}")
         for field, info in registry.get(kind, name).Settings.model_fields.items():
-            default = "required" if info.is_required() else json.dumps(info.get_default(call_default_factory=True), default=str)
+            default = (
+                "required"
+                if info.is_required()
+                else json.dumps(info.get_default(call_default_factory=True), default=str)
+            )
             table.add_row(f"{kind}.{field}", default, info.description or "")
         Console().print(table)

@@ -33,7 +33,8 @@ def run(
     checkpoint: Annotated[str | None, typer.Option(help="File of the dense weights.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; options win over it.")] = None,
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. estimator.damping=1e-3.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. estimator.damping=1e-3."),
     ] = None,
     output: Annotated[str | None, typer.Option(help="Folder for records; default runs.")] = None,
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow's address; default a SQLite file.")] = None,

@@ -33,12 +33,12 @@ class GaussNewton:
             for inputs, _ in self.objective.on_device():
 
                 def forward(values: dict[str, Tensor], inputs: Tensor = inputs) -> Tensor:
-                    return torch.func.functional_call(model, (values, rest), (inputs,))  # type: ignore[no-any-return]
+                    return torch.func.functional_call(model, (values, rest), (inputs,))
 
-                output, pull = torch.func.vjp(forward, primals)
+                output, pull = torch.func.vjp(forward, primals)  # type: ignore[misc]
                 for k in range(columns.shape[1]):
                     tangent = space.unflatten(columns[:, k].contiguous())
-                    _, pushed = torch.func.jvp(forward, (primals,), (tangent,))
+                    _, pushed = torch.func.jvp(forward, (primals,), (tangent,))  # type: ignore[misc]
                     (gradient,) = pull(self._output_curvature(output, pushed))
                     total[:, k] += space.flatten(gradient)
                 count += len(output)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekit.errors import CurvatureError
+from sparsekit.likelihoods import Likelihood
 from sparsekit.objective import Objective, as_found
 from sparsekit.parameters import ParameterSpace
 
@@ -61,23 +62,10 @@ def per_example_gradients(
         for use in hooked:  # the graph must reach the layers' outputs, and no further
             for parameter in use.module.parameters(recurse=False):
                 parameter.requires_grad_(True)
-        for inputs, targets in objective.on_device():
+        for inputs, given in objective.on_device():
             with _record(hooked), torch.enable_grad():
                 output = model(inputs)
-            if fisher in ("importance", "sampled") and generator is None:
-                raise ValueError(f"fisher='{fisher}' draws at random and needs a generator")
-            if fisher == "sampled":
-                targets = likelihood.sample(output.detach(), generator)  # type: ignore[arg-type]
-            if fisher in ("importance", "exact"):
-                scale = likelihood.score_scale(likelihood.positions(output))
-                vectors = [column * scale for column in likelihood.root_columns(output)]
-                if fisher == "importance":
-                    vectors = [_drawn_column(vectors, generator)]  # type: ignore[arg-type]
-            else:
-                leaf = output.detach().requires_grad_(True)
-                with torch.enable_grad():
-                    score = likelihood.score(leaf, targets).sum()
-                vectors = list(torch.autograd.grad(score, leaf))
+            vectors = _output_vectors(likelihood, output, given, fisher, generator)
             for index, vector in enumerate(vectors):
                 last = index == len(vectors) - 1
                 rows = _hooked_gradients(hooked, output, vector, retain=not last)
@@ -89,6 +77,28 @@ def per_example_gradients(
                             f"the gradients of '{name}' are not finite; check the data, the loss and the weights"
                         )
                 yield rows
+
+
+def _output_vectors(
+    likelihood: Likelihood, output: Tensor, targets: Tensor, fisher: FisherKind, generator: torch.Generator | None
+) -> list[Tensor]:
+    """What is propagated back: vectors v, shaped like `output`, with E Σ v vᵀ = Λ (or its empirical stand-in)."""
+    if fisher in ("importance", "exact"):
+        scale = likelihood.score_scale(likelihood.positions(output))
+        columns = [column * scale for column in likelihood.root_columns(output)]
+        return columns if fisher == "exact" else [_drawn_column(columns, _needed(generator))]
+    if fisher == "sampled":
+        targets = likelihood.sample(output.detach(), _needed(generator))
+    leaf = output.detach().requires_grad_(True)
+    with torch.enable_grad():
+        score = likelihood.score(leaf, targets).sum()
+    return list(torch.autograd.grad(score, leaf))
+
+
+def _needed(generator: torch.Generator | None) -> torch.Generator:
+    if generator is None:
+        raise ValueError("what is drawn at random needs a generator")
+    return generator
 
 
 def _drawn_column(columns: list[Tensor], generator: torch.Generator) -> Tensor:
@@ -123,10 +133,10 @@ class _HookedLayer:
 
 
 def _hookable(model: nn.Module, space: ParameterSpace) -> list[_HookedLayer]:
-    by_tensor = {parameter: name for name, parameter in space.tensors(model).items()}
+    by_tensor: dict[Tensor, str] = {p: name for name, p in space.tensors(model).items()}
     layers = []
     for module in model.modules():
-        if not _is_supported(module):
+        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or not _is_supported(module):
             continue
         weight, bias = by_tensor.get(module.weight), None
         if module.bias is not None:
@@ -149,7 +159,7 @@ def _is_supported(module: nn.Module) -> bool:
     if type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
         # The output projection of attention is called through a functional and never runs as a module.
         return type(module) is nn.Linear
-    return type(module) in (nn.Conv1d, nn.Conv2d) and module.padding_mode == "zeros"  # type: ignore[union-attr]
+    return type(module) in (nn.Conv1d, nn.Conv2d) and module.padding_mode == "zeros"
 
 
 def _record(layers: list[_HookedLayer]) -> ExitStack:
@@ -165,9 +175,7 @@ def _record(layers: list[_HookedLayer]) -> ExitStack:
     return stack
 
 
-def _hooked_gradients(
-    layers: list[_HookedLayer], output: Tensor, vector: Tensor, *, retain: bool
-) -> dict[str, Tensor]:
+def _hooked_gradients(layers: list[_HookedLayer], output: Tensor, vector: Tensor, *, retain: bool) -> dict[str, Tensor]:
     if not layers:
         return {}
     outputs = [z for layer in layers for _, z in layer.uses]
@@ -193,7 +201,10 @@ def _layer_gradients(layer: _HookedLayer, a: Tensor, d: Tensor) -> dict[str, Ten
     rows = {}
     module = layer.module
     if isinstance(module, nn.Linear):
-        a, d = a.reshape(len(a), -1, a.shape[-1]), d.reshape(len(d), -1, d.shape[-1])  # (b, T, in), (b, T, out)
+        a, d = (
+            a.reshape(len(a), -1, a.shape[-1]),
+            d.reshape(len(d), -1, d.shape[-1]),
+        )  # (b, T, in), (b, T, out)
         if layer.weight is not None:
             rows[layer.weight] = d.mT @ a
         if layer.bias is not None:
@@ -221,7 +232,7 @@ def _patches(module: nn.Conv1d | nn.Conv2d, a: Tensor) -> Tensor:
     if isinstance(module, nn.Conv1d):
         a, size, stride = a.unsqueeze(2), (1, *size), (1, *stride)
         padding, dilation = (0, *padding), (1, *dilation)
-    return F.unfold(a, size, dilation=dilation, padding=padding, stride=stride)  # type: ignore[arg-type]
+    return F.unfold(a, size, dilation=dilation, padding=padding, stride=stride)
 
 
 # -- everything else --------------------------------------------------------------------------------------

@@ -29,14 +29,14 @@ class Diagonal(LinearOperator):
         return B / self.d[:, None]
 
     def diagonal(self) -> Tensor:
-        """d."""
+        """D."""
         return self.d
 
     def inverse_diagonal(self) -> Tensor:
         """1/d."""
         return self.d.reciprocal()
 
-    def minimise(  # noqa: D102
+    def minimise(
         self,
         fixed: Tensor,
         values: Tensor,
@@ -83,10 +83,10 @@ class BlockDiagonal(LinearOperator):
     def _solve(self, B: Tensor) -> Tensor:
         return (self.precision @ self._scatter(B))[self._inside]
 
-    def diagonal(self) -> Tensor:  # noqa: D102
+    def diagonal(self) -> Tensor:
         return self.inverse.diagonal(dim1=1, dim2=2)[self._inside]
 
-    def inverse_diagonal(self) -> Tensor:  # noqa: D102
+    def inverse_diagonal(self) -> Tensor:
         return self.precision.diagonal(dim1=1, dim2=2)[self._inside]
 
     def conditional_diagonal(self, kept: Tensor) -> Tensor:
@@ -176,10 +176,10 @@ class DirectSum(LinearOperator):
     def _solve(self, B: Tensor) -> Tensor:
         return torch.cat([part.solve(b) for part, b in zip(self.parts, B.split(self._sizes), strict=True)])
 
-    def diagonal(self) -> Tensor:  # noqa: D102
+    def diagonal(self) -> Tensor:
         return torch.cat([part.diagonal() for part in self.parts])
 
-    def inverse_diagonal(self) -> Tensor:  # noqa: D102
+    def inverse_diagonal(self) -> Tensor:
         return torch.cat([part.inverse_diagonal() for part in self.parts])
 
     def conditional_diagonal(self, kept: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ class Principal(LinearOperator):
         ]
         return torch.stack(columns, dim=1)
 
-    def diagonal(self) -> Tensor:  # noqa: D102
+    def diagonal(self) -> Tensor:
         return self._diagonal
 
     def inverse_diagonal(self) -> Tensor:

@@ -56,7 +56,15 @@ def _read(path: Path) -> dict[str, Tensor]:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+    ) as error:
         raise DataError(
             f"'{path}' cannot be read as a checkpoint ({type(error).__name__}); a state dict saved by torch.save "
             "or safetensors was needed"

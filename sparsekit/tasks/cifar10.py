@@ -40,7 +40,7 @@ class Cifar10(Task):
     name: ClassVar[str] = "cifar10"
     Settings: ClassVar[type[TaskSettings]] = Cifar10Settings
     likelihood = Categorical()
-    finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=0, learning_rate=0.02)  # type: ignore[call-arg]
+    finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=0, learning_rate=0.02)
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
@@ -77,14 +77,14 @@ class Cifar10(Task):
         """Read from the files' headers where they have one."""
         file: File = "train" if split == "train" else "test"
         if self._parquet and file not in self._decoded:
-            import pyarrow.parquet as pq  # noqa: PLC0415
+            import pyarrow.parquet as pq
 
             count = sum(pq.ParquetFile(path).metadata.num_rows for path in self._files(file))
         else:
             count = len(self._arrays(file)[1])
         return int(count) if split == "train" else (count + (split == "tuning")) // 2
 
-    def batches(  # noqa: D102
+    def batches(
         self,
         split: Split,
         *,
@@ -130,11 +130,14 @@ class Cifar10(Task):
         """(N, 3, 32, 32) uint8 and (N,) int64, decoded once."""
         if file not in self._decoded:
             images, labels = self._from_parquet(file) if self._parquet else self._from_torchvision(file)
-            self._decoded[file] = torch.from_numpy(images).movedim(-1, 1).contiguous(), torch.from_numpy(labels)
+            self._decoded[file] = (
+                torch.from_numpy(images).movedim(-1, 1).contiguous(),
+                torch.from_numpy(labels),
+            )
         return self._decoded[file]
 
     def _from_torchvision(self, file: File) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        from torchvision.datasets import CIFAR10  # noqa: PLC0415
+        from torchvision.datasets import CIFAR10
 
         try:
             data = CIFAR10(str(self._root), train=file == "train", download=self.settings.download)
@@ -162,8 +165,8 @@ class Cifar10(Task):
 
 
 def _decode(paths: list[Path]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    import pyarrow.parquet as pq  # noqa: PLC0415
-    from PIL import Image  # noqa: PLC0415
+    import pyarrow.parquet as pq
+    from PIL import Image
 
     def pixels(cell: dict[str, Any]) -> np.ndarray[Any, Any]:
         return np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))

@@ -24,7 +24,7 @@ from sparsekit.tasks.images import ImageBatches, cache_directory
 TRAINING = 1297
 #: Raised with every change of the recipe or the architecture: cached networks are then trained anew.
 RECIPE_VERSION = 1
-RECIPE = FinetuneSettings(epochs=40, learning_rate=0.05, momentum=0.9, weight_decay=5e-4, batch_size=64)  # type: ignore[call-arg]
+RECIPE = FinetuneSettings(epochs=40, learning_rate=0.05, momentum=0.9, weight_decay=5e-4, batch_size=64)
 
 
 class Digits(Task):
@@ -32,7 +32,7 @@ class Digits(Task):
 
     name: ClassVar[str] = "digits"
     likelihood = Categorical()
-    finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=3, learning_rate=0.02, batch_size=64)  # type: ignore[call-arg]
+    finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=3, learning_rate=0.02, batch_size=64)
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
@@ -80,7 +80,7 @@ class Digits(Task):
 
     @cached_property
     def _arrays(self) -> tuple[Tensor, Tensor]:
-        from sklearn.datasets import load_digits  # noqa: PLC0415 - a second to import, and only here
+        from sklearn.datasets import load_digits
 
         bunch = load_digits()
         order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
@@ -100,7 +100,7 @@ class Digits(Task):
         """1,297 for training, 250 each for tuning and reporting."""
         return len(self._part(split)[1])
 
-    def batches(  # noqa: D102
+    def batches(
         self,
         split: Split,
         *,

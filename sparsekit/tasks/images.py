@@ -78,4 +78,9 @@ class ImageBatches:
         rows = top + torch.arange(height).view(1, 1, -1, 1)
         columns = torch.arange(width).expand(count, -1)
         columns = torch.where(mirrored, columns.flip(1), columns).view(count, 1, 1, -1) + left
-        return padded[torch.arange(count).view(-1, 1, 1, 1), torch.arange(pixels.shape[1]).view(1, -1, 1, 1), rows, columns]
+        return padded[
+            torch.arange(count).view(-1, 1, 1, 1),
+            torch.arange(pixels.shape[1]).view(1, -1, 1, 1),
+            rows,
+            columns,
+        ]

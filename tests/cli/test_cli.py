@@ -9,7 +9,14 @@ from safetensors.torch import load_file
 
 from sparsekit.cli import main
 
-FAST = ["--set", "estimator.examples=128", "--set", "estimator.auxiliary_steps=2", "--set", "finetune.epochs=0.2"]
+FAST = [
+    "--set",
+    "estimator.examples=128",
+    "--set",
+    "estimator.auxiliary_steps=2",
+    "--set",
+    "finetune.epochs=0.2",
+]
 
 
 @pytest.fixture
@@ -43,7 +50,17 @@ def test_the_main_job_end_to_end(cli, tmp_path):
 
 
 def test_the_written_weights_are_plain_and_exactly_as_sparse_as_asked(cli, tmp_path):
-    _, out, _ = cli("run", "--estimator", "obs", "--no-tracking", "--json", "--sparsity", "0.9", "--set", "finetune.epochs=0.2")
+    _, out, _ = cli(
+        "run",
+        "--estimator",
+        "obs",
+        "--no-tracking",
+        "--json",
+        "--sparsity",
+        "0.9",
+        "--set",
+        "finetune.epochs=0.2",
+    )
     summary = json.loads(out)
     folder = tmp_path / "runs" / summary["run"]
     weights, kept = load_file(folder / "weights.safetensors"), load_file(folder / "mask.safetensors")

@@ -64,12 +64,15 @@ def fit(
         batch: step -> product with the Fisher of a batch of examples.
         held_out: product with the Fisher of examples used for no step.
         damping: γ.
-        steps, probes, learning_rate: at most so many Adam steps, with so many Gaussian u each.
+        steps: at most so many of Adam's.
+        probes: Gaussian u for each step.
+        learning_rate: Adam's.
         check_every: steps between looks at the held-out residual; two looks without progress end the fit.
         preconditioned: see above.
         keep: (n,) bool; with it u lives on these weights and H is restricted to them. None: all.
         generator: draws u.
-        size, like: n; a tensor of the type and device to work in.
+        size: n.
+        like: a tensor of the type and device to work in.
 
     Raises:
         CurvatureError: the fit still diverges after the step was halved BACK_OFFS times.
@@ -110,11 +113,10 @@ def fit(
             weight = product(parameters, r) if preconditioned else r
             # One scale for each block, so that Adam's ε and a shared step size mean the same in all of them.
             parts = [w / w.norm().clamp_min(1e-30) for w in weight.split(sizes)]
-        image = product(parameters, u)
-        loss = sum((w * v).sum() / v.detach().norm().clamp_min(1e-30) for w, v in zip(parts, image.split(sizes), strict=True))
+        images = zip(parts, product(parameters, u).split(sizes), strict=True)
+        loss = torch.stack([(w * v).sum() / v.detach().norm().clamp_min(1e-30) for w, v in images]).sum()
         optimiser.zero_grad(set_to_none=True)
-        assert isinstance(loss, Tensor)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         taken += 1
         if taken % check_every and taken < steps:

@@ -50,7 +50,7 @@ class Block(ABC):
 
     @abstractmethod
     def closed_form(self, damping: float) -> None:
-        """q = 1/(D + γ), the minimiser of the auxiliary loss over q in the present basis."""
+        """Q = 1/(D + γ), the minimiser of the auxiliary loss over q in the present basis."""
 
     @abstractmethod
     def trainable(self) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ class Block(ABC):
 
 
 def _redamped(q: Tensor, fitted: float, damping: float) -> Tensor:
-    """q at another damping: 1/q − γ is the curvature that q stands for."""
+    """Q at another damping: 1/q − γ is the curvature that q stands for."""
     return q if damping == fitted else ((q.reciprocal() - fitted).clamp_min(0) + damping).reciprocal()
 
 
@@ -81,7 +81,7 @@ def _mixed(old: Tensor | None, new: Tensor, decay: float) -> Tensor:
 class DiagonalBlock(Block):
     """Q = diag(q): biases, norms, and tensors too large for factors."""
 
-    def identity(self, damping: float, like: Tensor) -> None:  # noqa: D102
+    def identity(self, damping: float, like: Tensor) -> None:
         self.state["q"] = like.new_full((self.size,), 1 / damping)
 
     def gather_bases(self, rows: Tensor, totals: dict[str, Tensor]) -> None:
@@ -90,27 +90,27 @@ class DiagonalBlock(Block):
     def set_bases(self, totals: Mapping[str, Tensor], count: int, decay: float) -> None:
         """There is no basis to find."""
 
-    def gather_spectrum(self, rows: Tensor, totals: dict[str, Tensor]) -> None:  # noqa: D102
+    def gather_spectrum(self, rows: Tensor, totals: dict[str, Tensor]) -> None:
         squares = rows.square().sum(0).double()
         totals["spectrum"] = totals["spectrum"] + squares if "spectrum" in totals else squares
 
-    def set_spectrum(self, totals: Mapping[str, Tensor], count: int, decay: float) -> None:  # noqa: D102
+    def set_spectrum(self, totals: Mapping[str, Tensor], count: int, decay: float) -> None:
         new = (totals["spectrum"] / count).float()
         self.state["spectrum"] = _mixed(self.state.get("spectrum"), new, decay)
 
-    def closed_form(self, damping: float) -> None:  # noqa: D102
+    def closed_form(self, damping: float) -> None:
         self.state["q"] = (self.state["spectrum"] + damping).reciprocal()
 
-    def trainable(self) -> dict[str, Tensor]:  # noqa: D102
+    def trainable(self) -> dict[str, Tensor]:
         return {"log_q": self.state["q"].log().requires_grad_(True)}
 
-    def product(self, parameters: Mapping[str, Tensor], U: Tensor) -> Tensor:  # noqa: D102
+    def product(self, parameters: Mapping[str, Tensor], U: Tensor) -> Tensor:
         return parameters["log_q"].exp()[:, None] * U
 
-    def absorb(self, parameters: Mapping[str, Tensor]) -> None:  # noqa: D102
+    def absorb(self, parameters: Mapping[str, Tensor]) -> None:
         self.state["q"] = parameters["log_q"].detach().exp()
 
-    def operator(self, fitted: float, damping: float) -> LinearOperator:  # noqa: D102
+    def operator(self, fitted: float, damping: float) -> LinearOperator:
         return Diagonal(_redamped(self.state["q"], fitted, damping))
 
 
@@ -134,25 +134,26 @@ class KroneckerBlock(Block):
     def _orthogonal(self) -> bool:
         return bool(self.state["orthogonal"])
 
-    def identity(self, damping: float, like: Tensor) -> None:  # noqa: D102
+    def identity(self, damping: float, like: Tensor) -> None:
         self.state["left"] = torch.eye(self.rows, dtype=like.dtype, device=like.device)
         self.state["right"] = torch.eye(self.columns, dtype=like.dtype, device=like.device)
         self.state["q"] = like.new_full((self.rows, self.columns), 1 / damping)
         self.state["orthogonal"] = torch.tensor(True)
 
-    def gather_bases(self, rows: Tensor, totals: dict[str, Tensor]) -> None:  # noqa: D102
+    def gather_bases(self, rows: Tensor, totals: dict[str, Tensor]) -> None:
         G = rows.view(-1, self.rows, self.columns)
         flat = G.reshape(-1, self.columns)
         wide = G.movedim(1, 0).reshape(self.rows, -1)
         for name, moment in (("inputs", flat.mT @ flat), ("outputs", wide @ wide.mT)):
             totals[name] = totals[name] + moment.double() if name in totals else moment.double()
 
-    def set_bases(self, totals: Mapping[str, Tensor], count: int, decay: float) -> None:  # noqa: D102
+    def set_bases(self, totals: Mapping[str, Tensor], count: int, decay: float) -> None:
         before = {side: self.state.get(side) for side in ("left", "right")}
         dtype = torch.float32 if "spectrum" not in self.state else self.state["spectrum"].dtype
         for side, name in (("left", "outputs"), ("right", "inputs")):
             self.state[name] = _mixed(self.state.get(name), totals[name] / count, decay)
-            self.state[side] = torch.linalg.eigh(self.state[name]).eigenvectors.to(dtype)
+            # contiguous: products must not depend on whether a state was saved and loaded in between
+            self.state[side] = torch.linalg.eigh(self.state[name]).eigenvectors.to(dtype).contiguous()
         if "spectrum" in self.state and decay > 0 and before["left"] is not None and before["right"] is not None:
             # The earlier model of F, seen in the new basis: its diagonal there.
             left = (self.state["left"].mT @ before["left"]).square()
@@ -160,17 +161,17 @@ class KroneckerBlock(Block):
             self.state["spectrum"] = left @ self.state["spectrum"] @ right.mT
         self.state["orthogonal"] = torch.tensor(True)
 
-    def gather_spectrum(self, rows: Tensor, totals: dict[str, Tensor]) -> None:  # noqa: D102
+    def gather_spectrum(self, rows: Tensor, totals: dict[str, Tensor]) -> None:
         G = rows.view(-1, self.rows, self.columns)
         squares = (self.state["left"].mT @ (G @ self.state["right"])).square_().sum(0).double()
         totals["spectrum"] = totals["spectrum"] + squares if "spectrum" in totals else squares
 
-    def set_spectrum(self, totals: Mapping[str, Tensor], count: int, decay: float) -> None:  # noqa: D102
+    def set_spectrum(self, totals: Mapping[str, Tensor], count: int, decay: float) -> None:
         new = (totals["spectrum"] / count).to(self.state["left"].dtype)
         self.state["spectrum"] = _mixed(self.state.get("spectrum"), new, decay)
 
     def closed_form(self, damping: float) -> None:
-        """q = 1/(D + γ); without a free q, its best rank-one fit in the logarithm goes into the factors."""
+        """Q = 1/(D + γ); without a free q, its best rank-one fit in the logarithm goes into the factors."""
         q = (self.state["spectrum"] + damping).reciprocal()
         if not self.inner:
             log_q = q.log()
@@ -181,7 +182,7 @@ class KroneckerBlock(Block):
             q = torch.ones_like(q)
         self.state["q"] = q
 
-    def trainable(self) -> dict[str, Tensor]:  # noqa: D102
+    def trainable(self) -> dict[str, Tensor]:
         left, right = self.state["left"], self.state["right"]
         parameters = {
             "left": torch.eye(self.rows, dtype=left.dtype, device=left.device),
@@ -191,20 +192,20 @@ class KroneckerBlock(Block):
             parameters["log_q"] = self.state["q"].log()
         return {name: tensor.requires_grad_(True) for name, tensor in parameters.items()}
 
-    def product(self, parameters: Mapping[str, Tensor], U: Tensor) -> Tensor:  # noqa: D102
+    def product(self, parameters: Mapping[str, Tensor], U: Tensor) -> Tensor:
         q = parameters["log_q"].exp() if self.inner else self.state["q"]
         L, R = self.state["left"] @ parameters["left"], self.state["right"] @ parameters["right"]
         X = U.mT.reshape(-1, self.rows, self.columns)
         return (L @ (q * (L.mT @ X @ R)) @ R.mT).reshape(U.shape[1], -1).mT
 
-    def absorb(self, parameters: Mapping[str, Tensor]) -> None:  # noqa: D102
+    def absorb(self, parameters: Mapping[str, Tensor]) -> None:
         self.state["left"] = self.state["left"] @ parameters["left"].detach()
         self.state["right"] = self.state["right"] @ parameters["right"].detach()
         if self.inner:
             self.state["q"] = parameters["log_q"].detach().exp()
         self.state["orthogonal"] = torch.tensor(False)
 
-    def operator(self, fitted: float, damping: float) -> LinearOperator:  # noqa: D102
+    def operator(self, fitted: float, damping: float) -> LinearOperator:
         if not self.inner and damping != fitted:
             raise CurvatureError(
                 f"structure 'kronecker' was fitted at damping {fitted:.1e} and knows no other; "

@@ -21,7 +21,7 @@ from sparsekit import (
 )
 from sparsekit.curvature import GaussNewton, gradient_rows
 from sparsekit.linalg import DirectSum, LinearOperator, Principal
-from sparsekit_fishleg.auxiliary import Fit, FisherProduct, fit
+from sparsekit_fishleg.auxiliary import FisherProduct, Fit, fit
 from sparsekit_fishleg.blocks import Block, DiagonalBlock, KroneckerBlock
 
 
