@@ -51,12 +51,19 @@ class Sequence(nn.Module):
 
 def conv():
     return nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3, stride=2), nn.Flatten(), nn.Linear(16, 3)
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Conv2d(3, 4, 3, stride=2),
+        nn.Flatten(),
+        nn.Linear(16, 3),
     )
 
 
 def grouped():
-    return nn.Sequential(nn.Conv2d(4, 4, 3, groups=2, dilation=2, padding="same"), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3))
+    return nn.Sequential(
+        nn.Conv2d(4, 4, 3, groups=2, dilation=2, padding="same"), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)
+    )
 
 
 def conv1d():

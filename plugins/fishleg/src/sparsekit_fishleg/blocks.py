@@ -37,7 +37,7 @@ class Block(ABC):
         """Add rows (b, n_l) to the sums from which the bases come."""
 
     @abstractmethod
-    def set_bases(self, totals: Mapping[str, Tensor], count: int, decay: float) -> None:
+    def set_bases(self, totals: Mapping[str, Tensor], count: int, decay: float, dtype: torch.dtype) -> None:
         """Mix the sums over `count` examples into what is known and diagonalise."""
 
     @abstractmethod
@@ -45,7 +45,7 @@ class Block(ABC):
         """Add rows (b, n_l) to the sum of squares in the present basis."""
 
     @abstractmethod
-    def set_spectrum(self, totals: Mapping[str, Tensor], count: int, decay: float) -> None:
+    def set_spectrum(self, totals: Mapping[str, Tensor], count: int, decay: float, dtype: torch.dtype) -> None:
         """Mix the sum of squares over `count` examples into the spectrum D."""
 
     @abstractmethod
@@ -87,15 +87,15 @@ class DiagonalBlock(Block):
     def gather_bases(self, rows: Tensor, totals: dict[str, Tensor]) -> None:
         """There is no basis to find."""
 
-    def set_bases(self, totals: Mapping[str, Tensor], count: int, decay: float) -> None:
+    def set_bases(self, totals: Mapping[str, Tensor], count: int, decay: float, dtype: torch.dtype) -> None:
         """There is no basis to find."""
 
     def gather_spectrum(self, rows: Tensor, totals: dict[str, Tensor]) -> None:
         squares = rows.square().sum(0).double()
         totals["spectrum"] = totals["spectrum"] + squares if "spectrum" in totals else squares
 
-    def set_spectrum(self, totals: Mapping[str, Tensor], count: int, decay: float) -> None:
-        new = (totals["spectrum"] / count).float()
+    def set_spectrum(self, totals: Mapping[str, Tensor], count: int, decay: float, dtype: torch.dtype) -> None:
+        new = (totals["spectrum"] / count).to(dtype)
         self.state["spectrum"] = _mixed(self.state.get("spectrum"), new, decay)
 
     def closed_form(self, damping: float) -> None:
@@ -147,9 +147,8 @@ class KroneckerBlock(Block):
         for name, moment in (("inputs", flat.mT @ flat), ("outputs", wide @ wide.mT)):
             totals[name] = totals[name] + moment.double() if name in totals else moment.double()
 
-    def set_bases(self, totals: Mapping[str, Tensor], count: int, decay: float) -> None:
+    def set_bases(self, totals: Mapping[str, Tensor], count: int, decay: float, dtype: torch.dtype) -> None:
         before = {side: self.state.get(side) for side in ("left", "right")}
-        dtype = torch.float32 if "spectrum" not in self.state else self.state["spectrum"].dtype
         for side, name in (("left", "outputs"), ("right", "inputs")):
             self.state[name] = _mixed(self.state.get(name), totals[name] / count, decay)
             # contiguous: products must not depend on whether a state was saved and loaded in between
@@ -166,8 +165,8 @@ class KroneckerBlock(Block):
         squares = (self.state["left"].mT @ (G @ self.state["right"])).square_().sum(0).double()
         totals["spectrum"] = totals["spectrum"] + squares if "spectrum" in totals else squares
 
-    def set_spectrum(self, totals: Mapping[str, Tensor], count: int, decay: float) -> None:
-        new = (totals["spectrum"] / count).to(self.state["left"].dtype)
+    def set_spectrum(self, totals: Mapping[str, Tensor], count: int, decay: float, dtype: torch.dtype) -> None:
+        new = (totals["spectrum"] / count).to(dtype)
         self.state["spectrum"] = _mixed(self.state.get("spectrum"), new, decay)
 
     def closed_form(self, damping: float) -> None:

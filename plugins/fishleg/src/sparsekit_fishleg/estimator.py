@@ -124,14 +124,14 @@ class FishLeg(CurvatureEstimator):
                     block.identity(self._fitted, like)
             return
         for block, total in zip(self._blocks, totals, strict=True):
-            block.set_bases(total, count, decay)
+            block.set_bases(total, count, decay, like.dtype)
         totals = [{} for _ in self._blocks]
         generator.set_state(labels)  # the same sampled labels: the basis and its spectrum belong together
         for rows in self._rows(objective, generator):
             for block, total, part in zip(self._blocks, totals, rows.split(self._sizes, dim=1), strict=True):
                 block.gather_spectrum(part, total)
         for block, total in zip(self._blocks, totals, strict=True):
-            block.set_spectrum(total, count, decay)
+            block.set_spectrum(total, count, decay, like.dtype)
             block.closed_form(self._fitted)
 
     def _refine(

@@ -1,0 +1,110 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sparsekit.errors import CurvatureError
+from sparsekit.linalg import BlockDiagonal, Diagonal, KroneckerDiagonal
+from sparsekit.parameters import Mask
+from sparsekit.removal import InverseFisher
+
+WAYS = ["joint", "independent", "none"]
+
+
+def problem(seed, n=12, kind="dense"):
+    draw = torch.Generator().manual_seed(seed)
+    if kind == "kronecker":
+        left, right = (torch.linalg.qr(torch.randn(k, k, generator=draw, dtype=torch.float64)).Q for k in (3, 4))
+        q = torch.rand(3, 4, generator=draw, dtype=torch.float64) + 0.05
+        operator = KroneckerDiagonal(left, right, q, orthogonal=True)
+    else:
+        A = torch.randn(n, n, generator=draw, dtype=torch.float64)
+        operator = BlockDiagonal((A @ A.mT / n + 0.1 * torch.eye(n, dtype=torch.float64))[None], [n])
+    weights = torch.randn(n, generator=draw, dtype=torch.float64)
+    before = torch.rand(n, generator=draw) < 0.2
+    chosen = (torch.rand(n, generator=draw) < 0.4) & ~before
+    weights[before] = 0
+    return InverseFisher(operator, 0.1), weights, Mask(~before), chosen
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_removed_becomes_and_stays_zero(how, seed):
+    inverse, weights, mask, chosen = problem(seed)
+    after = weights + inverse.remove(weights, mask, chosen, how).delta
+    assert (after[chosen | mask.removed] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["dense", "kronecker"])
+@pytest.mark.parametrize("seed", range(20))
+def test_joint_is_never_worse(seed, kind):
+    inverse, weights, mask, chosen = problem(seed, kind=kind)
+    joint, independent, none = (inverse.remove(weights, mask, chosen, how).increase for how in WAYS)
+    assert joint <= min(independent, none) + 1e-12
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_the_increase_is_the_quadratic_models_for_the_move_made(how):
+    inverse, weights, mask, chosen = problem(3)
+    removal = inverse.remove(weights, mask, chosen, how)
+    H = torch.linalg.inv(inverse.operator.dense())
+    assert removal.increase == pytest.approx(float(0.5 * removal.delta @ H @ removal.delta))
+
+
+@pytest.mark.parametrize("kind", ["dense", "kronecker"])
+def test_joint_equals_a_direct_solve(kind):
+    inverse, weights, mask, chosen = problem(1, kind=kind)
+    S = inverse.operator.dense()
+    C = chosen | mask.removed
+    target = torch.where(chosen, -weights, 0.0)
+    truth = S[:, C] @ torch.linalg.solve(S[C][:, C], target[C])
+    assert_close(inverse.remove(weights, mask, chosen).delta, truth, atol=1e-4, rtol=1e-4)  # CG stops at 1e-4
+
+
+def test_joint_with_a_gradient_is_the_surviving_sides_solution():
+    inverse, weights, mask, chosen = problem(2)
+    g = torch.randn(12, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    H = torch.linalg.inv(inverse.operator.dense())
+    C = chosen | mask.removed
+    truth = torch.where(chosen, -weights, 0.0)
+    truth[~C] = -torch.linalg.solve(H[~C][:, ~C], H[~C][:, C] @ truth[C] + g[~C])
+    assert_close(inverse.remove(weights, mask, chosen, gradient=g).delta, truth)
+
+
+def test_independent_is_the_sum_of_single_weight_solutions():
+    inverse, weights, mask, chosen = problem(4)
+    S = inverse.operator.dense()
+    truth = -sum(S[:, i] * weights[i] / S[i, i] for i in chosen.nonzero()[:, 0])
+    C = chosen | mask.removed
+    assert_close(inverse.remove(weights, mask, chosen, "independent").delta[~C], truth[~C])
+
+
+def test_two_weights_by_hand():
+    inverse = InverseFisher(BlockDiagonal(torch.tensor([[[2.0, 1.0], [1.0, 2.0]]], dtype=torch.float64), [2]), 0.0)
+    weights = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    removal = inverse.remove(weights, Mask.full(2), torch.tensor([True, False]))
+    assert_close(removal.delta, torch.tensor([-1.0, 0.5], dtype=torch.float64))
+    assert removal.increase == pytest.approx(0.75)
+
+
+def test_on_the_identity_joint_moves_nothing_else():
+    inverse = InverseFisher(Diagonal(torch.ones(4)), 0.0)
+    weights = torch.tensor([1.0, -2.0, 3.0, 4.0])
+    removal = inverse.remove(weights, Mask.full(4), torch.tensor([True, False, True, False]))
+    assert removal.delta.tolist() == [-1.0, 0.0, -3.0, 0.0]
+
+
+def test_everything_removed():
+    inverse, weights, mask, _ = problem(0)
+    removal = inverse.remove(weights, mask, mask.kept)
+    assert_close(weights + removal.delta, torch.zeros_like(weights))
+
+
+def test_a_diagonal_that_is_not_positive_ranks_nothing():
+    with pytest.raises(CurvatureError, match="2 entries of 3 that are not positive"):
+        InverseFisher(Diagonal(torch.tensor([1.0, -1.0, float("nan")])), 0.1).diagonal()
+
+
+def test_removed_weights_cannot_be_chosen_again():
+    inverse, weights, mask, _ = problem(0)
+    with pytest.raises(ValueError, match="removed before"):
+        inverse.remove(weights, mask, torch.ones(12, dtype=torch.bool))
