@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-
 # Problems here are tiny: more threads only wait for one another, and sums come out the same everywhere.
 torch.set_num_threads(1)
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from sparsekit_fishleg.estimator import FishLeg, FishLegSettings
 from torch import nn
 from torch.testing import assert_close
 
 from sparsekit import Categorical, CurvatureError, DataError, Gaussian, Mask, Objective, ParameterSpace
 from sparsekit.curvature import gradient_rows
+from sparsekit_fishleg.estimator import FishLeg, FishLegSettings
 
 DAMPING = 0.05
 
@@ -83,7 +83,7 @@ def test_auxiliary_steps_from_the_identity_approach_the_exact_inverse(structure,
         objective,
         start="identity",
         structure=structure,
-        auxiliary_steps=600,
+        auxiliary_steps=300,
         auxiliary_learning_rate=1e-2,
         check_every=100,
         preconditioned=preconditioned,

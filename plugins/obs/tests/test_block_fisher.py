@@ -1,11 +1,11 @@
 import pytest
 import torch
-from sparsekit_obs.estimator import BlockFisher, BlockFisherSettings, block_sizes
 from torch import nn
 from torch.testing import assert_close
 
 from sparsekit import Categorical, Mask, Objective, ParameterSpace
 from sparsekit.curvature import gradient_rows
+from sparsekit_obs.estimator import BlockFisher, BlockFisherSettings, block_sizes
 
 
 @pytest.fixture
