@@ -1,0 +1,96 @@
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekit
+from sparsekit.errors import CurvatureError, DataError, ModelError, SettingsError
+
+FISHLEG = {"name": "fishleg", "examples": 64, "batch_size": 16}
+
+
+@pytest.fixture
+def model():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.fixture
+def data(generator):
+    inputs = torch.randn(96, 6, generator=generator)
+    return list(zip(inputs.split(32), inputs[:, :3].argmax(1).split(32), strict=True))
+
+
+def test_a_users_own_model(model, data):
+    pruned = sparsekit.prune(model, data, loss=nn.CrossEntropyLoss(), estimator=FISHLEG, sparsity=0.5)
+    zeros = sum(int((dict(pruned.model.named_parameters())[name] == 0).sum()) for name in pruned.mask)
+    assert zeros == 36
+    assert pruned.sparsity == 0.5
+
+
+def test_the_model_given_is_left_alone(model, data):
+    before = deepcopy(model.state_dict())
+    sparsekit.prune(model, data, loss="categorical", estimator=FISHLEG, sparsity=0.5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_result_is_a_plain_model(model, data):
+    pruned = sparsekit.prune(model, data, loss="categorical", estimator=FISHLEG, sparsity=0.5).model
+    assert list(pruned.state_dict()) == list(model.state_dict())
+    assert list(deepcopy(pruned).state_dict()) == list(model.state_dict())
+
+
+def test_in_place(model, data):
+    assert (
+        sparsekit.prune(model, data, loss="categorical", estimator=FISHLEG, sparsity=0.5, inplace=True).model is model
+    )
+
+
+def test_gradually_with_finetuning(model, data):
+    pruned = sparsekit.prune(
+        model,
+        data,
+        loss="categorical",
+        estimator=FISHLEG,
+        sparsity=0.8,
+        schedule="cubic",
+        steps=3,
+        finetune={"epochs": 2},
+    )
+    assert len(pruned.steps) == 3
+    assert pruned.steps[-1].finetuned is not None
+
+
+def test_a_loss_without_distribution_needs_the_empirical_fisher(model, data):
+    def loss(output, target):
+        return nn.functional.cross_entropy(output, target, label_smoothing=0.1)
+
+    with pytest.raises(SettingsError, match="set the estimator's fisher='empirical'"):
+        sparsekit.prune(model, data, loss=loss, estimator=FISHLEG, sparsity=0.5)
+    pruned = sparsekit.prune(model, data, loss=loss, estimator={**FISHLEG, "fisher": "empirical"}, sparsity=0.5)
+    assert pruned.sparsity == 0.5
+
+
+def test_names_choose_parameters(model, data):
+    pruned = sparsekit.prune(model, data, loss="categorical", estimator=FISHLEG, sparsity=0.5, exclude=["0.*"])
+    assert list(pruned.mask) == ["2.weight"]
+    assert pruned.skipped["0.weight"] == "excluded by name"
+
+
+def test_too_little_data(model, data):
+    with pytest.raises(DataError, match="needs 1024 calibration examples, the data has 96"):
+        sparsekit.prune(model, data, loss="categorical", sparsity=0.5)
+
+
+def test_a_model_without_prunable_parameters(data):
+    with pytest.raises(ModelError, match="no prunable parameter"):
+        sparsekit.prune(nn.ReLU(), data, loss="categorical", estimator=FISHLEG)
+
+
+def test_a_loss_that_is_nan(model, data):
+    with torch.no_grad():
+        model[0].weight.fill_(float("nan"))
+    with pytest.raises(CurvatureError, match="not finite|NaN"):
+        sparsekit.prune(model, data, loss="categorical", estimator=FISHLEG)
