@@ -33,6 +33,8 @@ DIGITS: list[Row] = [
 ]
 
 ONE_SHOT = {"schedule": "one-shot"}
+#: Damping chosen on the tuning half among 3e-5, 1e-4, 3e-4, 1e-3.
+FISHLEG = {"name": "fishleg", "examples": 2048, "damping": 1e-4, "damping_scale": "absolute"}
 RESNET20: list[Row] = [
     ("magnitude", {**ONE_SHOT, "estimator": "identity", "compensation": "none"}),
     *(
@@ -42,7 +44,7 @@ RESNET20: list[Row] = [
     *(
         (
             f"fishleg, {how}",
-            {**ONE_SHOT, "estimator": {"name": "fishleg", "examples": 2048}, "compensation": how},
+            {**ONE_SHOT, "estimator": FISHLEG, "compensation": how},
         )
         for how in ("none", "independent", "joint")
     ),

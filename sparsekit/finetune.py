@@ -71,7 +71,8 @@ def finetune(
                 loss = likelihood.losses(model(inputs.to(device)), targets.to(device)).mean()
                 if not bool(loss.isfinite()):
                     raise CurvatureError(
-                        f"the loss became {float(loss.detach())} in fine-tuning step {taken}; lower finetune.learning_rate"
+                        f"the loss became {float(loss.detach())} in fine-tuning step {taken}; "
+                        "lower finetune.learning_rate"
                     )
                 loss.backward()
                 optimiser.step()

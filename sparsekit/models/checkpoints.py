@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -40,7 +38,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         if tensor.shape != expected[name].shape:
             raise DataError(
                 f"the checkpoint '{path}' does not fit {type(model).__name__}: '{name}' has shape "
-                f"{tuple(tensor.shape)}, {tuple(expected[name].shape)} was needed"
+                f"{tuple(tensor.shape)}, {tuple(expected[name].shape)} was needed; "
+                "give a checkpoint of this architecture"
             )
         if not bool(torch.isfinite(tensor).all()):
             raise DataError(f"the checkpoint '{path}' holds values in '{name}' that are not finite; give another one")
@@ -56,21 +55,16 @@ def _read(path: Path) -> dict[str, Tensor]:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (
-        OSError,
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-    ) as error:
+    except Exception as error:  # damaged bytes lead the unpickler to raise nearly anything
         raise DataError(
             f"'{path}' cannot be read as a checkpoint ({type(error).__name__}); a state dict saved by torch.save "
-            "or safetensors was needed"
+            "or safetensors was needed: save the dense weights anew"
         ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
-        raise DataError(f"'{path}' holds no state dict; a mapping from parameter names to tensors was needed")
+        raise DataError(
+            f"'{path}' holds no state dict; a mapping from parameter names to tensors was needed: "
+            "save model.state_dict()"
+        )
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -77,9 +78,7 @@ class Cifar10(Task):
         """Read from the files' headers where they have one."""
         file: File = "train" if split == "train" else "test"
         if self._parquet and file not in self._decoded:
-            import pyarrow.parquet as pq
-
-            count = sum(pq.ParquetFile(path).metadata.num_rows for path in self._files(file))
+            count = sum(_rows(path) for path in self._files(file))
         else:
             count = len(self._arrays(file)[1])
         return int(count) if split == "train" else (count + (split == "tuning")) // 2
@@ -121,10 +120,14 @@ class Cifar10(Task):
         if self._parquet:
             found = sorted(self._root.glob(f"{file}-*.parquet"))
             if not found:
-                raise DataError(f"'{self._root}' holds no {file}-*.parquet")
+                raise DataError(f"'{self._root}' holds no {file}-*.parquet; put them there or give another --data-dir")
             return found
+        pattern, needed = ("data_batch_*", 5) if file == "train" else ("test_batch", 1)
         folder = self._root / "cifar-10-batches-py"
-        return sorted(folder.glob("data_batch_*" if file == "train" else "test_batch*"))
+        if len(list(folder.glob(pattern))) < needed:
+            # Fetched, or refused, here: a fingerprint of files that are yet to come would be one of nothing.
+            self._from_torchvision(file)
+        return sorted(folder.glob(pattern))
 
     def _arrays(self, file: File) -> tuple[Tensor, Tensor]:
         """(N, 3, 32, 32) uint8 and (N,) int64, decoded once."""
@@ -141,8 +144,11 @@ class Cifar10(Task):
 
         try:
             data = CIFAR10(str(self._root), train=file == "train", download=self.settings.download)
-        except RuntimeError as error:
-            raise DataError(f"torchvision cannot read CIFAR-10 in '{self._root}': {error}") from error
+        except (RuntimeError, OSError) as error:  # damaged or incomplete, or no network to download by
+            raise DataError(
+                f"torchvision cannot read CIFAR-10 in '{self._root}' ({error}); put a whole cifar-10-batches-py "
+                "there, or set task.download=true where there is a network"
+            ) from error
         return data.data, np.asarray(data.targets, dtype=np.int64)
 
     def _from_parquet(self, file: File) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -153,7 +159,7 @@ class Cifar10(Task):
         try:
             with np.load(cached) as arrays:
                 return arrays["images"], arrays["labels"]
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # not there yet, or not whole
         images, labels = _decode(paths)
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -164,26 +170,57 @@ class Cifar10(Task):
         return images, labels
 
 
-def _decode(paths: list[Path]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _rows(path: Path) -> int:
     import pyarrow.parquet as pq
-    from PIL import Image
 
-    def pixels(cell: dict[str, Any]) -> np.ndarray[Any, Any]:
-        return np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are among these
+        raise _unreadable(path, error) from error
+
+
+def _decode(paths: list[Path]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(N, 32, 32, 3) uint8 and (N,) int64, the files one after the other."""
+    import pyarrow.parquet as pq
 
     images: list[np.ndarray[Any, Any]] = []
     labels: list[int] = []
     for path in paths:
         try:
             table = pq.read_table(path)
-        except OSError as error:  # pyarrow's own errors are OSErrors and ValueErrors
-            raise DataError(f"'{path}' cannot be read: {error}") from error
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, error) from error
         column = next((name for name in ("img", "image") if name in table.column_names), None)
         if column is None or "label" not in table.column_names:
             raise DataError(
-                f"'{path}' has the columns {', '.join(table.column_names)}; 'img' or 'image', and 'label', were needed"
+                f"'{path}' has the columns {', '.join(table.column_names)}; 'img' or 'image', and 'label', were "
+                "needed: rename them or give another --data-dir"
             )
-        with ThreadPoolExecutor() as pool:  # the decoders release the interpreter's lock
-            images += pool.map(pixels, table[column].to_pylist())
-        labels += table["label"].to_pylist()
+        classes = table["label"].to_pylist()
+        if not all(isinstance(c, int) and 0 <= c < 10 for c in classes):
+            raise DataError(f"'{path}' has labels outside 0 to 9; the classes of CIFAR-10 were needed: mend the file")
+        try:
+            with ThreadPoolExecutor() as pool:  # the decoders release the interpreter's lock
+                images += pool.map(_pixels, table[column].to_pylist())
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise _unreadable(path, error) from error
+        labels += classes
+    if not images:
+        raise DataError(f"'{paths[0]}' holds no images; give another --data-dir")
     return np.stack(images), np.asarray(labels, dtype=np.int64)
+
+
+def _pixels(cell: dict[str, Any]) -> np.ndarray[Any, Any]:
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
+    if pixels.shape != (32, 32, 3):
+        raise ValueError(f"an image is {pixels.shape[1]} × {pixels.shape[0]}, 32 × 32 was needed")
+    return pixels
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"'{path}' cannot be read ({type(error).__name__}: {error}); a parquet file of encoded 32 × 32 images was "
+        "needed: fetch it anew or give another --data-dir"
+    )

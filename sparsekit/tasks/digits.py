@@ -25,6 +25,8 @@ TRAINING = 1297
 #: Raised with every change of the recipe or the architecture: cached networks are then trained anew.
 RECIPE_VERSION = 1
 RECIPE = FinetuneSettings(epochs=40, learning_rate=0.05, momentum=0.9, weight_decay=5e-4, batch_size=64)
+#: In the name of a cached network too, so that a changed recipe is never answered by an old network.
+RECIPE_HASH = hashlib.sha256(RECIPE.model_dump_json().encode()).hexdigest()[:8]
 
 
 class Digits(Task):
@@ -53,7 +55,7 @@ class Digits(Task):
         if self.settings.checkpoint is not None:
             load_checkpoint(model, Path(self.settings.checkpoint))
             return model.eval()
-        cached = cache_directory() / f"digits-v{RECIPE_VERSION}-seed{self.settings.seed}.safetensors"
+        cached = self._cached_network()
         try:
             load_checkpoint(model, cached)
         except DataError:  # not there yet, or not whole
@@ -63,6 +65,9 @@ class Digits(Task):
             save_file(model.state_dict(), temporary)
             os.replace(temporary, cached)
         return model.eval()
+
+    def _cached_network(self) -> Path:
+        return cache_directory() / f"digits-v{RECIPE_VERSION}-{RECIPE_HASH}-seed{self.settings.seed}.safetensors"
 
     def _train(self, model: nn.Module) -> None:
         generator = torch.Generator().manual_seed(self.settings.seed)
