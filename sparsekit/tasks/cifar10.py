@@ -157,7 +157,7 @@ class Cifar10(Task):
         known = "".join(f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths)
         cached = cache_directory() / f"cifar10-{file}-{hashlib.sha256(known.encode()).hexdigest()[:16]}.npz"
         try:
-            with np.load(cached) as arrays:
+            with cached.open("rb") as stored, np.load(stored) as arrays:  # numpy leaves its own open if damaged
                 return arrays["images"], arrays["labels"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # not there yet, or not whole
