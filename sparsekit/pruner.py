@@ -176,7 +176,7 @@ class Pruner:
         after = objective.loss() if calibration else float("nan")
 
         yield PhaseStarted("measure", step)
-        pruned = self.measure(self.model) if step.level is not None or step.finetune else None
+        pruned = self.measure(self.model) if step.completes_level or step.finetune else None
         clock.lap("measure")
         finetuned = None
         if step.finetune and self.training is not None:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import platform
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +14,16 @@ from torch import Tensor, nn
 
 from sparsekit import builtins
 from sparsekit.errors import DataError, RecordError, SettingsError
-from sparsekit.interfaces import INTERFACE_VERSION, CurvatureEstimator, Task
+from sparsekit.interfaces import CurvatureEstimator, Task
 from sparsekit.objective import Batch
 from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.provenance import identity as run_identity
+from sparsekit.provenance import machine, now, peak_memory, plugins_used
 from sparsekit.pruner import DenseMeasured, Event, Pruner, PrunerState, StepCompleted
-from sparsekit.records import SCHEMA_VERSION, LevelRecord, RunDirectory, RunRecord, StepRecord, run_key
+from sparsekit.records import LevelRecord, RunDirectory, RunRecord, StepRecord, run_key
 from sparsekit.registry import Registry
 from sparsekit.schedules import Step, plan
-from sparsekit.settings import COMPONENTS, ResolvedRun
+from sparsekit.settings import ResolvedRun
 from sparsekit.tracking import NullTracker, Tracker, initialise, resolve_uri
 
 Listener = Callable[[Event], None]
@@ -151,7 +147,7 @@ def execute(
     started = time.perf_counter()
     model = task.model().to(device)
     prepared = time.perf_counter() - started
-    identity = _identity(resolved, registry, task, model, device)
+    identity = run_identity(resolved, registry, task, model, device)
     directory = RunDirectory(Path(settings.output), task.name, estimator.name, run_key(identity))
     uri = resolve_uri(settings.tracking.uri, Path(settings.output)) if settings.tracking.enabled else None
     with directory.lock():
@@ -173,9 +169,9 @@ def execute(
             estimator=estimator.name,
             settings=resolved.as_dict(),
             identity=identity,
-            started=_utc(),
-            machine=_machine(device),
-            plugins=_plugins(resolved, registry),
+            started=now(),
+            machine=machine(device),
+            plugins=plugins_used(resolved, registry),
             parameters={
                 "prunable": shown.space.size,
                 "total": shown.space.total,
@@ -207,6 +203,7 @@ class _Driver:
         self.resolved, self.task, self.space = resolved, task, space
         self.directory, self.record, self.uri = directory, record, uri
         self.model, self.estimator = model, estimator
+        self.plan = _plan(resolved)
         self.tracked: str | None = None  # MLflow's run, so that a resumed run goes on in it
 
     def run(self, resume: bool, listener: Listener, progress: Progress | None) -> RunRecord:
@@ -230,7 +227,10 @@ class _Driver:
                     self._completed(event, pruner, tracker, earlier + time.perf_counter() - begun)
             if self.record.dense:
                 self._finish(pruner, tracker)
-        except BaseException:
+        except KeyboardInterrupt:
+            tracker.finish("KILLED")
+            raise
+        except Exception:
             tracker.finish("FAILED")
             raise
         return self.record
@@ -254,7 +254,7 @@ class _Driver:
             saliency=resolved.build("saliency"),
             pattern=resolved.build("pattern"),
             compensation=resolved.settings.compensation,
-            steps=_plan(resolved),
+            steps=self.plan,
             calibration=calibration,
             measure=lambda model: task.measure(model, resolved.settings.split),
             seed=resolved.settings.seed,
@@ -319,7 +319,7 @@ class _Driver:
         )
         record = self.record
         levels, steps = list(record.levels), [*record.steps, step]
-        if event.step.level is not None:
+        if event.step.completes_level:
             levels.append(self._level(event, steps))
         seconds = dict(record.seconds)
         for phase, spent in event.seconds.items():
@@ -330,24 +330,21 @@ class _Driver:
                 "levels": levels,
                 "steps": steps,
                 "seconds": seconds,
-                "peak_memory_bytes": max(record.peak_memory_bytes, _peak_memory(self.model)),
+                "peak_memory_bytes": max(record.peak_memory_bytes, peak_memory(self.model)),
             }
         )
-        if event.step.level is not None:
+        if event.step.completes_level:
             self._write_result(pruner)
         self._checkpoint(pruner)  # first the checkpoint, then the record that speaks of it
         self.directory.write(self.record)
         tracker.metrics(_step_metrics(step, record.parameters["prunable"]), step=event.step.index)
 
     def _level(self, event: StepCompleted, steps: list[StepRecord]) -> LevelRecord:
-        mine = [
-            s
-            for s, planned in zip(steps, _plan(self.resolved), strict=False)
-            if _level_of(planned, self.resolved) == event.step.level
-        ]
+        level = event.step.level
+        mine = [done for done, planned in zip(steps, self.plan, strict=False) if planned.level == level]
         assert event.pruned is not None
         return LevelRecord(
-            sparsity=self.resolved.sparsity[event.step.level or 0],
+            sparsity=self.resolved.sparsity[level],
             achieved=event.removed / self.space.size,
             achieved_total=event.removed / self.space.total,
             pruned=dict(event.pruned),
@@ -392,16 +389,10 @@ class _Driver:
         degraded = list(record.degraded)
         if tracker.failure is not None:
             degraded.append(f"tracking: {tracker.failure}")
-        self._update(status="finished", finished=_utc(), degraded=degraded)
+        self._update(status="finished", finished=now(), degraded=degraded)
         tracker.artifact(self.directory.record_path)
         tracker.finish("FINISHED")
         self.directory.clear_checkpoints()
-
-
-def _level_of(step: Step, resolved: ResolvedRun) -> int:
-    """The level that a step works towards."""
-    ends = [s.index for s in _plan(resolved) if s.level is not None]
-    return sum(end < step.index for end in ends)
 
 
 def _step_metrics(step: StepRecord, prunable: int) -> dict[str, float]:
@@ -416,64 +407,3 @@ def _step_metrics(step: StepRecord, prunable: int) -> dict[str, float]:
     for group in ("curvature", "pruned", "finetuned", "seconds"):
         out |= {f"{group}/{key}": value for key, value in (getattr(step, group) or {}).items()}
     return out
-
-
-# -- identity ------------------------------------------------------------------------------------------------
-def _identity(
-    resolved: ResolvedRun, registry: Registry, task: Task, model: nn.Module, device: torch.device
-) -> dict[str, Any]:
-    """All that determines the result, and nothing else."""
-    settings = resolved.as_dict()
-    for key in ("output", "tracking"):
-        del settings[key]
-    settings["device"] = device.type
-    for key in ("data_dir", "checkpoint"):  # paths; what lies there is hashed below
-        settings["task"].pop(key, None)
-    return {
-        "settings": settings,
-        "weights": _hash_tensors(model.state_dict()),
-        "data": task.fingerprint(),
-        "plugins": _plugins(resolved, registry),
-        "schema": SCHEMA_VERSION,
-        "interface": INTERFACE_VERSION,
-    }
-
-
-def _plugins(resolved: ResolvedRun, registry: Registry) -> list[dict[str, Any]]:
-    infos = {info.name: info for info in (registry.provider(k, resolved.classes[k].name) for k in COMPONENTS)}
-    return [{"name": info.name, "distribution": info.distribution, "version": info.version} for info in infos.values()]
-
-
-def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-# -- the machine ---------------------------------------------------------------------------------------------
-def _machine(device: torch.device) -> dict[str, str]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "device": f"{device.type}: {name}",
-    }
-
-
-def _peak_memory(model: nn.Module) -> int:
-    """Bytes: allocated on the CUDA device, or resident in the process, at most so far."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _utc() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -60,7 +60,8 @@ class Step:
         restart: begin from the dense weights and the full mask.
         refresh: update the curvature at the present weights first.
         finetune: train the survivors afterwards.
-        level: index of the sparsity level that this step completes, or None.
+        level: index of the sparsity level that this step works towards.
+        completes_level: whether that level is reached and reported after it.
     """
 
     index: int
@@ -68,7 +69,8 @@ class Step:
     restart: bool
     refresh: bool
     finetune: bool
-    level: int | None
+    level: int
+    completes_level: bool
 
 
 def plan(
@@ -110,7 +112,8 @@ def plan(
                         # at the dense weights the statistics of the first level still hold
                         refresh=not (independent and first_of_level and level > 0),
                         finetune=finetune and last_of_step,
-                        level=level if last_of_step and step == len(waypoints) - 1 else None,
+                        level=level,
+                        completes_level=last_of_step and step == len(waypoints) - 1,
                     )
                 )
             previous = stop

@@ -44,7 +44,7 @@ def test_substeps_refresh_before_each_cut_and_finetune_after_the_last():
     steps = plan([0.9], OneShot(Settings()), substeps=3, finetune=True)
     assert [s.refresh for s in steps] == [True] * 3
     assert [s.finetune for s in steps] == [False, False, True]
-    assert [s.level for s in steps] == [None, None, 0]
+    assert [s.completes_level for s in steps] == [False, False, True]
 
 
 def test_independent_levels_with_substeps_refresh_where_the_weights_have_moved():

@@ -1,0 +1,82 @@
+"""What a run was made of: everything that determines its result, and the machine that it ran on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.interfaces import INTERFACE_VERSION, Task
+from sparsekit.records import SCHEMA_VERSION
+from sparsekit.registry import Registry
+from sparsekit.settings import COMPONENTS, ResolvedRun
+
+
+def identity(
+    resolved: ResolvedRun, registry: Registry, task: Task, model: nn.Module, device: torch.device
+) -> dict[str, Any]:
+    """All that determines the result, and nothing else."""
+    settings = resolved.as_dict()
+    for key in ("output", "tracking"):
+        del settings[key]
+    settings["device"] = device.type
+    for key in ("data_dir", "checkpoint"):  # paths; what lies there is hashed below
+        settings["task"].pop(key, None)
+    return {
+        "settings": settings,
+        "weights": _hash_tensors(model.state_dict()),
+        "data": task.fingerprint(),
+        "plugins": plugins_used(resolved, registry),
+        "schema": SCHEMA_VERSION,
+        "interface": INTERFACE_VERSION,
+    }
+
+
+def plugins_used(resolved: ResolvedRun, registry: Registry) -> list[dict[str, Any]]:
+    """Name, distribution and version of each plugin that a run uses."""
+    infos = {info.name: info for info in (registry.provider(k, resolved.classes[k].name) for k in COMPONENTS)}
+    return [{"name": info.name, "distribution": info.distribution, "version": info.version} for info in infos.values()]
+
+
+def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What a run's seconds were measured on, and with which versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "device": f"{device.type}: {name}",
+    }
+
+
+def peak_memory(model: nn.Module) -> int:
+    """Bytes: allocated on the CUDA device, or resident in the process, at most so far."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def now() -> str:
+    """ISO 8601, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
