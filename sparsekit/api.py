@@ -15,8 +15,8 @@ from sparsekit.interfaces import measure
 from sparsekit.likelihoods import Likelihood, Loss, as_likelihood
 from sparsekit.objective import Batch
 from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.provenance import available_memory
 from sparsekit.pruner import Metrics, Pruner, StepCompleted
-from sparsekit.removal import Compensation
 from sparsekit.run import load_registry
 from sparsekit.schedules import plan
 from sparsekit.settings import resolve
@@ -55,7 +55,7 @@ def prune(
     schedule: str | Mapping[str, Any] = "one-shot",
     steps: int = 4,
     substeps: int = 1,
-    compensation: Compensation = "joint",
+    compensation: str | Mapping[str, Any] = "joint",
     finetune: Mapping[str, Any] | None = None,
     evaluation: Iterable[Batch] | Callable[[nn.Module], Metrics] | None = None,
     include: Iterable[str] | None = None,
@@ -77,7 +77,7 @@ def prune(
         schedule: the same.
         steps: cuts with fine-tuning after each; no effect on one-shot.
         substeps: parts of each cut, with the curvature refreshed between them.
-        compensation: 'joint', 'independent' or 'none'.
+        compensation: 'joint', 'independent' or 'none', or a mapping with `how` and settings.
         finetune: settings such as {"epochs": 1, "learning_rate": 0.01}; without it there is none.
         evaluation: batches, or model -> metrics; by default the loss and accuracy on `data`.
         include: shell patterns of parameter names to prune; by default weights of two or more dimensions.
@@ -104,6 +104,8 @@ def prune(
     likelihood = as_likelihood(loss)
     model = model if inplace else deepcopy(model)
     space = ParameterSpace.of(model, include=include, exclude=exclude)
+    device = next(model.parameters()).device
+    resolved.classes["estimator"].check(model, space, resolved.options["estimator"], available_memory(device))
     batches: Iterable[Batch] = list(data) if isinstance(data, Iterator) else data
     options: Any = resolved.options["estimator"]
     judge: Iterable[Batch] | Callable[[nn.Module], Metrics] = batches if evaluation is None else evaluation
@@ -116,7 +118,7 @@ def prune(
         estimator=resolved.build("estimator", space),
         saliency=resolved.build("saliency"),
         pattern=resolved.build("pattern"),
-        compensation=compensation,
+        compensation=resolved.settings.compensation,
         steps=plan(
             resolved.sparsity,
             resolved.build("schedule"),

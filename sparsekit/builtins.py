@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sparsekit.estimators import DiagonalFisher, Identity
 from sparsekit.hookspecs import hookimpl
 from sparsekit.interfaces import CurvatureEstimator, Pattern, Saliency, Schedule, Task
-from sparsekit.patterns import NM, Uniform, Unstructured
+from sparsekit.patterns import NM, Block, Uniform, Unstructured
 from sparsekit.saliencies import Magnitude, OptimalBrainSurgeon, Random
 from sparsekit.schedules import Cubic, Exponential, Linear, OneShot
 from sparsekit.tasks import Cifar10, Digits
@@ -31,8 +31,8 @@ def sparsekit_schedules() -> Sequence[type[Schedule]]:
 
 @hookimpl
 def sparsekit_patterns() -> Sequence[type[Pattern]]:
-    """`unstructured`, `uniform` and `n:m`."""
-    return [Unstructured, Uniform, NM]
+    """`unstructured`, `uniform`, `n:m` and `block`."""
+    return [Unstructured, Uniform, NM, Block]
 
 
 @hookimpl

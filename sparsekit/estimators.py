@@ -1,18 +1,19 @@
-"""The built-in curvature estimators: the identity and the diagonal of the Fisher."""
+"""The built-in curvature estimators: the identity, the diagonal, and the base of those on blocks of the Fisher."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
-from sparsekit.curvature import gradient_rows
+from sparsekit.curvature import averaged_rows, block_moments, gradient_rows
+from sparsekit.curvature.rows import FisherKind
 from sparsekit.errors import CurvatureError
-from sparsekit.interfaces import CurvatureEstimator, EstimatorSettings
-from sparsekit.linalg import Diagonal
+from sparsekit.interfaces import CurvatureEstimator, EstimatorSettings, Memory
+from sparsekit.linalg import BlockDiagonal, Diagonal, DiagonalPlusLowRank, DirectSum, LinearOperator
 from sparsekit.objective import Objective, some
 from sparsekit.parameters import ParameterSpace
 from sparsekit.removal import InverseFisher
@@ -93,3 +94,153 @@ class DiagonalFisher(CurvatureEstimator):
     def memory(cls, space: ParameterSpace, settings: Any) -> int:
         """The diagonal twice (float64 while accumulating), and one batch of rows."""
         return space.size * (8 + 4 + 4 * settings.batch_size)
+
+
+class BlockFisherSettings(EstimatorSettings):
+    """Settings of estimators on blocks of the Fisher."""
+
+    fisher: FisherKind = Field("empirical", description="the data's own labels, as published; or importance, …")
+    block_size: int | None = Field(50, ge=1, description="B, consecutive weights in one block; null: as long as can be")
+    across_layers: bool = Field(False, description="whether a block may cross the end of a tensor")
+    average: int = Field(
+        1, ge=1, description="b, examples whose gradients are averaged to one row; must divide examples"
+    )
+    store: Literal["auto", "rows", "blocks"] = Field(
+        "auto", description="what is kept: all m rows, or B × B blocks; auto: rows where m < B"
+    )
+    rows_on: Literal["auto", "device", "host"] = Field(
+        "auto",
+        description="where rows lie; paged in from the host; auto: host where the device is too small",
+    )
+    decay: float = Field(
+        0.0, ge=0, lt=1, description="weight of earlier estimates at a refresh (blocks only); 0: starts afresh"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BlockFisherSettings:
+        if self.examples % self.average:
+            raise ValueError(f"average={self.average} must divide examples={self.examples}")
+        if self.fisher == "exact" and (self.average > 1 or self.store == "rows"):
+            raise ValueError("the exact Fisher has several rows an example: use average=1 and store=blocks or auto")
+        if self.decay and self.store == "rows":
+            raise ValueError("rows start afresh at a refresh: use decay=0 or store=blocks")
+        return self
+
+    @property
+    def rows(self) -> int:
+        """M, the number of rows of one estimate (for one row an example)."""
+        return self.examples // self.average
+
+    def keeps_rows(self, longest: int) -> bool:
+        """Whether rows are kept rather than blocks, `longest` being the longest block."""
+        if self.store == "auto":
+            return self.fisher != "exact" and not self.decay and self.rows < longest
+        return self.store == "rows"
+
+
+class BlockFisher(CurvatureEstimator):
+    """H_b = (1/m) Σ_j g_j g_jᵀ + γI on blocks of consecutive weights, inverted exactly.
+
+    Optimal Brain Surgeon on blocks (oBERT), WoodFisher and M-FAC all invert this matrix: by a rank-one recursion in
+    m steps as published, here by what the sizes ask for. Where B ≤ m the statistics Σ g gᵀ are kept and a batched
+    Cholesky factorisation in float64 inverts them, so that another damping, a mask or more gradients cost nothing
+    else. Where m < B the m rows are kept and Woodbury's identity inverts them in the memory of the rows, O(mP).
+
+    A plugin gives the class a name, and the settings their published defaults.
+    """
+
+    Settings: ClassVar[type[EstimatorSettings]] = BlockFisherSettings
+    memory_settings: ClassVar[tuple[str, ...]] = ("block_size", "examples")
+
+    def __init__(self, space: ParameterSpace, settings: BlockFisherSettings) -> None:
+        super().__init__(space, settings)
+        self._sizes = space.stretches(settings.block_size, across_tensors=settings.across_layers)
+        self._keeps_rows = settings.keeps_rows(max(self._sizes))
+        self._device: torch.device | None = None
+        self._blocks: Tensor | None = None  # (m, B, B), F on the blocks
+        self._rows: Tensor | None = None  # (m, n)
+        self._mean_diagonal = 0.0
+        self._inverse: InverseFisher | None = None
+
+    def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
+        """Take the objective's examples in, batch by batch."""
+        self._inverse = None
+        settings = self.settings
+        rows = gradient_rows(objective, settings.fisher, generator=generator)
+        rows = averaged_rows(rows, settings.average)
+        self._device = objective.device
+        if self._keeps_rows:
+            self._take_rows(rows, objective.count() // settings.average, objective)
+        else:
+            total, _ = block_moments(rows, self._sizes)
+            new = total / (objective.count() // settings.average)
+            old, decay = self._blocks, settings.decay
+            self._blocks = new if old is None else decay * old + (1 - decay) * new
+            self._mean_diagonal = float(self._blocks.diagonal(dim1=1, dim2=2).sum() / self.space.size)
+        return {"mean_diagonal": self._mean_diagonal, "rows": float(settings.rows), "average": float(settings.average)}
+
+    def _take_rows(self, rows: Iterable[Tensor], count: int, objective: Objective) -> None:
+        self._rows = None  # freed before as much again is allocated
+        kept = torch.empty(count, self.space.size, dtype=objective.dtype, device=self._place(count, objective))
+        done, squares = 0, 0.0
+        for batch in rows:
+            kept[done : done + len(batch)] = batch
+            squares += float(batch.double().square().sum())
+            done += len(batch)
+        self._rows, self._mean_diagonal = kept, squares / count / self.space.size
+
+    def _place(self, count: int, objective: Objective) -> torch.device:
+        device, where = objective.device, self.settings.rows_on
+        if where == "auto" and device.type == "cuda":
+            needed = count * self.space.size * objective.dtype.itemsize
+            where = "device" if needed < 0.8 * torch.cuda.mem_get_info(device)[0] else "host"
+        return torch.device("cpu") if where == "host" else device
+
+    def inverse(self, damping: float | None = None) -> InverseFisher:
+        """Σ, from the rows or blocks taken in."""
+        if self._rows is None and self._blocks is None:
+            raise CurvatureError("the estimator has seen no examples; call update first")
+        gamma = self.resolve_damping(damping, self._mean_diagonal)
+        if self._inverse is None or self._inverse.damping != gamma:  # later cuts with the same Σ share its factors
+            self._inverse = InverseFisher(self._operator(gamma), gamma)
+        return self._inverse
+
+    def _operator(self, gamma: float) -> LinearOperator:
+        if self._rows is not None:
+            parts = [
+                DiagonalPlusLowRank(columns, gamma, len(self._rows), device=self._device)
+                for columns in self._rows.split(self._sizes, dim=1)
+            ]
+            return parts[0] if len(parts) == 1 else DirectSum(parts)
+        assert self._blocks is not None
+        eye = torch.eye(self._blocks.shape[1], dtype=self._blocks.dtype, device=self._blocks.device)
+        return BlockDiagonal(self._blocks + gamma * eye, self._sizes)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rows or the blocks, once there are any."""
+        state = {"rows": self._rows, "blocks": self._blocks}
+        found = {name: tensor for name, tensor in state.items() if tensor is not None}
+        return found and {**found, "mean_diagonal": torch.tensor(self._mean_diagonal, dtype=torch.float64)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        self._rows, self._blocks, self._inverse = state.get("rows"), state.get("blocks"), None
+        if state:
+            self._mean_diagonal = float(state["mean_diagonal"])
+            self._device = next(iter(state.values())).device
+
+    @classmethod
+    def memory(cls, space: ParameterSpace, settings: Any) -> int:
+        """Rows and the factors of their Gram matrices; or statistics, precision, factor and inverse of the blocks."""
+        sizes = space.stretches(settings.block_size, across_tensors=settings.across_layers)
+        batch = space.size * 4 * settings.batch_size * 3
+        if settings.keeps_rows(max(sizes)):
+            m = settings.rows
+            return m * space.size * 4 + (len(sizes) + 2) * m * m * 8 + batch
+        return len(sizes) * max(sizes) ** 2 * 8 * 5 + batch
+
+    @classmethod
+    def check(cls, model: nn.Module, space: ParameterSpace, settings: Any, available: Memory) -> None:
+        longest = max(space.stretches(settings.block_size, across_tensors=settings.across_layers))
+        paged = settings.keeps_rows(longest) and settings.rows_on != "device"
+        cls._check_memory(space, settings, available.host if paged else available.device)

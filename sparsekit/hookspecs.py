@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pluggy
 
-from sparsekit.interfaces import CurvatureEstimator, Pattern, Saliency, Schedule, Task
+from sparsekit.interfaces import CurvatureEstimator, Pattern, Preset, Saliency, Schedule, Task
 
 PROJECT = "sparsekit"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -36,3 +36,8 @@ def sparsekit_patterns() -> Sequence[type[Pattern]]:  # type: ignore[empty-body]
 @hookspec
 def sparsekit_tasks() -> Sequence[type[Task]]:  # type: ignore[empty-body]
     """The tasks this distribution offers."""
+
+
+@hookspec
+def sparsekit_presets() -> Sequence[Preset]:  # type: ignore[empty-body]
+    """The published configurations this distribution offers."""

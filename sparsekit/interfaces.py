@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from sparsekit.curvature.rows import FisherKind
-from sparsekit.errors import CurvatureError
+from sparsekit.errors import CurvatureError, SettingsError
 from sparsekit.likelihoods import Likelihood
 from sparsekit.objective import Batch, Objective, as_found
 from sparsekit.parameters import Mask, ParameterSpace
-from sparsekit.removal import InverseFisher
+from sparsekit.removal import Compensation, InverseFisher
 
 #: Raised whenever a change here would break plugins; part of every run's identity.
 INTERFACE_VERSION = 1
@@ -45,6 +47,13 @@ class EstimatorSettings(Settings):
     )
     examples: int = Field(1024, ge=1, description="calibration examples for each estimate")
     batch_size: int = Field(32, ge=1, description="examples in one forward and backward pass")
+
+
+class Memory(NamedTuple):
+    """Bytes that can still be allocated where the model is, and on the host; the same without an accelerator."""
+
+    device: int
+    host: int
 
 
 class CurvatureEstimator(ABC):
@@ -85,6 +94,48 @@ class CurvatureEstimator(ABC):
     def memory(cls, space: ParameterSpace, settings: Any) -> int:
         """Bytes of the state and the largest temporary, before anything is allocated."""
 
+    #: Whether scores of different layers are in one unit, the network's loss.
+    across_layers: ClassVar[bool] = True
+
+    #: Integer settings that memory grows with; a refusal names the values that would fit.
+    memory_settings: ClassVar[tuple[str, ...]] = ("batch_size",)
+
+    @classmethod
+    def check(cls, model: nn.Module, space: ParameterSpace, settings: Any, available: Memory) -> None:
+        """Refuse what cannot work before any gradient is taken.
+
+        Args:
+            model: the network, perhaps untrained; its layers count, not its weights.
+            space: its prunable weights.
+            settings: the estimator's.
+            available: bytes that can be allocated.
+
+        Raises:
+            SettingsError: with the number that would fit.
+        """
+        cls._check_memory(space, settings, available.device)
+
+    @classmethod
+    def _check_memory(cls, space: ParameterSpace, settings: Any, available: int) -> None:
+        needed = cls.memory(space, settings)
+        if needed <= available:
+            return
+        fitting = []
+        for name in cls.memory_settings:
+            given = getattr(settings, name)
+
+            def too_large(value: int, name: str = name) -> bool:
+                return cls.memory(space, settings.model_copy(update={name: value})) > available
+
+            largest = bisect_left(range(1, given or space.size), True, key=too_large)
+            if largest:
+                fitting.append(f"estimator.{name}={largest}")
+        advice = f"set {' or '.join(fitting)} or less" if fitting else "prune fewer parameters (include, exclude)"
+        raise SettingsError(
+            f"the estimator '{cls.name}' needs {needed / 2**20:,.1f} MiB of memory for {space.size:,} weights, "
+            f"{available / 2**20:,.1f} MiB are available; {advice}"
+        )
+
     def resolve_damping(self, damping: float | None, mean_diagonal: float) -> float:
         """γ as a number in units of the Fisher; `mean_diagonal` is that of F without damping."""
         if damping is not None:
@@ -98,6 +149,36 @@ class CurvatureEstimator(ABC):
                 "positive: the gradients vanish; use damping_scale='absolute'"
             )
         return gamma
+
+
+@dataclass(frozen=True)
+class Units:
+    """Groups of weights that a pattern decides on together.
+
+    Attributes:
+        index: (m, B), coordinates of the groups; no weight is in two of them.
+        removed: how many of each group go once the pattern is complete.
+    """
+
+    index: Tensor
+    removed: int
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published configuration that can be run by name.
+
+    Attributes:
+        name: `--preset NAME`.
+        reference: the paper or code that states it.
+        settings: of a run; whatever else is given wins over them.
+        differs: what could not be taken over as published, and why; empty where nothing.
+    """
+
+    name: str
+    reference: str
+    settings: Mapping[str, Any]
+    differs: str = ""
 
 
 class ScoreContext(ABC):
@@ -122,6 +203,11 @@ class ScoreContext(ABC):
     @abstractmethod
     def gradient(self) -> Tensor:
         """∇L(w), (n,), on the calibration examples."""
+
+    @property
+    @abstractmethod
+    def units(self) -> Units | None:
+        """The pattern's units, None where weights go one by one."""
 
     @property
     @abstractmethod
@@ -161,6 +247,8 @@ class Pattern(ABC):
     """Which sets of weights may be removed together."""
 
     name: ClassVar[str]
+    #: Whether scores of different tensors are compared; where they are not, any scale within a tensor will do.
+    across_layers: ClassVar[bool] = True
     Settings: ClassVar[type[Settings]] = Settings
 
     def __init__(self, settings: Any) -> None:
@@ -174,12 +262,29 @@ class Pattern(ABC):
             SettingsError: the pattern cannot reach the sparsity.
         """
 
+    def units(self, space: ParameterSpace) -> Units | None:
+        """The groups that are decided on together; by default None, weights go one by one."""
+        return None
+
     @abstractmethod
     def choose(self, scores: Tensor, mask: Mask, count: int, space: ParameterSpace) -> Tensor:
         """(n,) bool: the kept weights to remove now, so that `count` are removed in all.
 
         Ties are broken by index, so that the choice does not depend on a device's sort.
         """
+
+
+class CompensationSettings(Settings):
+    """How the surviving weights move when others go; see `InverseFisher.remove`."""
+
+    how: Compensation = Field("joint", description="joint, independent (as most papers publish it) or none")
+    first_order: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="weight of the gradient in the quadratic model; 0: a trained network's, zero",
+    )
+    scale: float = Field(1.0, ge=0, le=1, description="of the survivors' move; 1: the solution, 0: none")
 
 
 class FinetuneSettings(Settings):

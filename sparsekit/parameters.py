@@ -119,6 +119,19 @@ class ParameterSpace:
         """The names, in flat order."""
         return tuple(info.name for info in self.parameters)
 
+    def stretches(self, block_size: int | None, *, across_tensors: bool = False) -> list[int]:
+        """Lengths of consecutive stretches of `block_size` weights in flat order; a last one may be short.
+
+        Args:
+            block_size: None for stretches as long as can be.
+            across_tensors: over the whole vector; otherwise no stretch crosses a tensor's end.
+        """
+        out = []
+        for size in [self.size] if across_tensors else [info.size for info in self.parameters]:
+            whole, rest = divmod(size, block_size or size)
+            out += [block_size or size] * whole + [rest] * (rest > 0)
+        return out
+
     def tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's own prunable parameters, by name.
 

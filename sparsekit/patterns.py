@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sparsekit.errors import SettingsError
-from sparsekit.interfaces import Pattern, Settings
+from sparsekit.interfaces import Pattern, Settings, Units
 from sparsekit.parameters import Mask, ParameterSpace
 
 
@@ -31,6 +31,7 @@ class Uniform(Pattern):
     """The same fraction of every tensor, by a threshold for each."""
 
     name: ClassVar[str] = "uniform"
+    across_layers: ClassVar[bool] = False
 
     def count(self, space: ParameterSpace, sparsity: float) -> int:
         """Σ over tensors of round(s·n_l)."""
@@ -71,17 +72,18 @@ class NM(Pattern):
     """
 
     name: ClassVar[str] = "n:m"
+    across_layers: ClassVar[bool] = False  # complete, it leaves nothing to compare
     Settings: ClassVar[type[Settings]] = NMSettings
 
-    def _groups(self, space: ParameterSpace) -> list[tuple[int, int, int]]:
-        """(start, rows, groups a row) of each tensor; a row is all inputs of one output."""
-        shapes = [(info.start, info.shape[0], info.size // info.shape[0]) for info in space.parameters]
-        return [(start, rows, width) for start, rows, width in shapes if width >= self.settings.m]
+    def units(self, space: ParameterSpace) -> Units:
+        """M consecutive inputs of an output; M − N of them go."""
+        return Units(groups_of_inputs(space, self.settings.m), self.settings.m - self.settings.n)
 
     def count(self, space: ParameterSpace, sparsity: float) -> int:
         """round(s·n), but no more than M − N of each whole group."""
         n, m = self.settings.n, self.settings.m
-        most = sum(rows * (width // m) * (m - n) for _, rows, width in self._groups(space))
+        units = self.units(space)
+        most = len(units.index) * units.removed
         wanted = round(sparsity * space.size)
         if sparsity > 1 - n / m + 1e-9:
             raise SettingsError(
@@ -91,16 +93,59 @@ class NM(Pattern):
 
     def choose(self, scores: Tensor, mask: Mask, count: int, space: ParameterSpace) -> Tensor:
         """In each group the M − N lowest may go; of these, the lowest `count` in all do."""
-        n, m = self.settings.n, self.settings.m
+        units = self.units(space)
+        index = units.index.to(scores.device)
         ranked = torch.where(mask.kept, scores.double(), -torch.inf)  # what is gone stays gone
+        order = ranked[index].argsort(dim=1, stable=True)[:, : units.removed]
         may_go = torch.zeros_like(mask.kept)
-        for start, rows, width in self._groups(space):
-            used = width // m * m
-            stretch = ranked[start : start + rows * width].view(rows, width)[:, :used].reshape(-1, m)
-            order = stretch.argsort(dim=1, stable=True)[:, : m - n]
-            flags = torch.zeros_like(stretch, dtype=torch.bool).scatter_(1, order, True).view(rows, used)
-            may_go[start : start + rows * width].view(rows, width)[:, :used] = flags
+        may_go[index.gather(1, order)] = True
         return lowest(scores, may_go & mask.kept, count - mask.removed_count)
+
+
+class BlockSettings(Settings):
+    """Settings of `block`."""
+
+    size: int = Field(4, ge=2, description="consecutive weights that go together")
+
+
+class Block(Pattern):
+    """Whole blocks of consecutive inputs of an output go or stay; short blocks stay.
+
+    A block's score is the sum of its weights' scores.
+    """
+
+    name: ClassVar[str] = "block"
+    Settings: ClassVar[type[Settings]] = BlockSettings
+
+    def units(self, space: ParameterSpace) -> Units:
+        """`size` consecutive inputs of an output; all of them go."""
+        return Units(groups_of_inputs(space, self.settings.size), self.settings.size)
+
+    def count(self, space: ParameterSpace, sparsity: float) -> int:
+        """s·n to the nearest whole block, but no more blocks than there are."""
+        size = self.settings.size
+        blocks = len(self.units(space).index)
+        if sparsity > 0 and not blocks:
+            raise SettingsError(f"no tensor has {size} inputs to an output, so there is no block of {size} to remove")
+        return size * min(round(sparsity * space.size / size), blocks)
+
+    def choose(self, scores: Tensor, mask: Mask, count: int, space: ParameterSpace) -> Tensor:
+        """The whole blocks with the lowest sums."""
+        size = self.settings.size
+        index = self.units(space).index.to(scores.device)
+        sums = scores.double()[index].sum(1)
+        chosen = torch.zeros_like(mask.kept)
+        chosen[index[lowest(sums, mask.kept[index].all(1), (count - mask.removed_count) // size)]] = True
+        return chosen
+
+
+def groups_of_inputs(space: ParameterSpace, size: int) -> Tensor:
+    """(m, size): the whole groups of consecutive inputs of each output (first index) of each tensor."""
+    groups = []
+    for info in space.parameters:
+        flat = torch.arange(info.start, info.start + info.size).view(info.shape[0], -1)
+        groups.append(flat[:, : flat.shape[1] // size * size].reshape(-1, size))
+    return torch.cat(groups)
 
 
 def lowest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:

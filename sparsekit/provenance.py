@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
-from sparsekit.interfaces import INTERFACE_VERSION, Task
+from sparsekit.interfaces import INTERFACE_VERSION, Memory, Task
 from sparsekit.records import SCHEMA_VERSION
 from sparsekit.registry import Registry
 from sparsekit.settings import COMPONENTS, ResolvedRun
@@ -75,6 +76,12 @@ def peak_memory(model: nn.Module) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory(device: torch.device) -> Memory:
+    """Bytes that can still be allocated on the device and on the host."""
+    host = int(psutil.virtual_memory().available)
+    return Memory(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host, host)
 
 
 def now() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +14,19 @@ from torch import Tensor, nn
 
 from sparsekit.errors import CurvatureError
 from sparsekit.finetune import finetune
-from sparsekit.interfaces import CurvatureEstimator, FinetuneSettings, Pattern, Saliency, ScoreContext
+from sparsekit.interfaces import (
+    CompensationSettings,
+    CurvatureEstimator,
+    FinetuneSettings,
+    Pattern,
+    Saliency,
+    ScoreContext,
+    Units,
+)
 from sparsekit.likelihoods import Likelihood
 from sparsekit.objective import Batch, Objective
 from sparsekit.parameters import Mask, ParameterSpace
-from sparsekit.removal import Compensation, InverseFisher
+from sparsekit.removal import InverseFisher
 from sparsekit.schedules import Step
 
 Metrics = Mapping[str, float]
@@ -105,7 +114,7 @@ class Pruner:
     estimator: CurvatureEstimator
     saliency: Saliency
     pattern: Pattern
-    compensation: Compensation
+    compensation: CompensationSettings
     steps: Sequence[Step]
     calibration: Callable[[torch.Generator], Sequence[Batch]]
     measure: Callable[[nn.Module], Metrics]
@@ -160,14 +169,17 @@ class Pruner:
 
         yield PhaseStarted("removal", step)
         weights, mask = self.space.read(self.model), state.mask
-        context = _Context(weights, mask, inverse, objective, self._generator("saliency", step.index, device))
+        units = self.pattern.units(self.space)
+        context = _Context(weights, mask, inverse, objective, units, self._generator("saliency", step.index, device))
         scores = self.saliency.score(context)
         if not bool(scores[mask.kept].isfinite().all()):
             raise CurvatureError(f"the saliency '{self.saliency.name}' gave scores that are not finite")
         count = self.pattern.count(self.space, step.sparsity)
         chosen = self.pattern.choose(scores, mask, count, self.space)
         before = objective.loss() if calibration else float("nan")
-        removal = inverse.remove(weights, mask, chosen, self.compensation)
+        how = self.compensation
+        gradient = how.first_order * context.gradient if how.first_order else None
+        removal = inverse.remove(weights, mask, chosen, how.how, gradient, how.scale)
         state.mask = mask.without(chosen)
         self.space.write(self.model, weights + removal.delta)
         state.mask.apply(self.space, self.model)
@@ -191,7 +203,8 @@ class Pruner:
             removed=state.mask.removed_count,
             damping=inverse.damping,
             curvature=curvature,
-            predicted_increase=removal.increase,
+            # a layer's own least squares says nothing of the loss
+            predicted_increase=removal.increase if self.estimator.across_layers else math.nan,
             measured_increase=after - before,
             iterations=removal.iterations,
             residual=removal.residual,
@@ -236,10 +249,11 @@ class _Context(ScoreContext):
         mask: Mask,
         inverse: InverseFisher,
         objective: Objective,
+        units: Units | None,
         generator: torch.Generator,
     ) -> None:
         self._weights, self._mask, self._inverse = weights, mask, inverse
-        self._objective, self._generator = objective, generator
+        self._objective, self._units, self._generator = objective, units, generator
 
     @property
     def weights(self) -> Tensor:
@@ -256,6 +270,10 @@ class _Context(ScoreContext):
     @cached_property
     def gradient(self) -> Tensor:
         return self._objective.gradient()
+
+    @property
+    def units(self) -> Units | None:
+        return self._units
 
     @property
     def generator(self) -> torch.Generator:

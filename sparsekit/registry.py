@@ -12,15 +12,16 @@ import pluggy
 
 from sparsekit import hookspecs
 from sparsekit.errors import PluginError, SettingsError, unknown_name
-from sparsekit.interfaces import CurvatureEstimator, Pattern, Saliency, Schedule, Task
+from sparsekit.interfaces import CurvatureEstimator, Pattern, Preset, Saliency, Schedule, Task
 
-#: kind -> (hook, base class)
+#: kind -> (hook, base class; presets are instances of theirs)
 KINDS: dict[str, tuple[str, type]] = {
     "estimator": ("sparsekit_estimators", CurvatureEstimator),
     "saliency": ("sparsekit_saliencies", Saliency),
     "schedule": ("sparsekit_schedules", Schedule),
     "pattern": ("sparsekit_patterns", Pattern),
     "task": ("sparsekit_tasks", Task),
+    "preset": ("sparsekit_presets", Preset),
 }
 
 
@@ -45,7 +46,7 @@ class Registry:
 
     def __init__(self, builtins: ModuleType, entry_points: Iterable[metadata.EntryPoint] | None = None) -> None:
         self.plugins: list[PluginInfo] = []
-        self._classes: dict[str, dict[str, list[tuple[PluginInfo, type]]]] = {kind: {} for kind in KINDS}
+        self._found: dict[str, dict[str, list[tuple[PluginInfo, Any]]]] = {kind: {} for kind in KINDS}
         core = PluginInfo("builtins", "sparsekit", _version("sparsekit"))
         self._register(core, builtins)
         if entry_points is None:
@@ -79,20 +80,20 @@ class Registry:
         for kind, classes in found.items():
             for cls, name in classes:
                 info.registers.setdefault(kind, []).append(name)
-                self._classes[kind].setdefault(name, []).append((info, cls))
+                self._found[kind].setdefault(name, []).append((info, cls))
 
     def names(self, kind: str) -> list[str]:
         """All registered names of a kind, sorted."""
-        return sorted(self._classes[kind])
+        return sorted(self._found[kind])
 
-    def get(self, kind: str, name: str) -> type[Any]:
-        """The class registered under a name.
+    def get(self, kind: str, name: str) -> Any:
+        """The class, or the preset, registered under a name.
 
         Raises:
             SettingsError: nothing has that name.
             PluginError: two plugins have it, or the plugin of that name failed to load.
         """
-        providers = self._classes[kind].get(name, [])
+        providers = self._found[kind].get(name, [])
         if len(providers) == 1:
             return providers[0][1]
         if len(providers) > 1:
@@ -110,19 +111,22 @@ class Registry:
     def provider(self, kind: str, name: str) -> PluginInfo:
         """The plugin that registers a name."""
         self.get(kind, name)
-        return self._classes[kind][name][0][0]
+        return self._found[kind][name][0][0]
 
 
-def _checked(cls: object, kind: str, base: type) -> str:
-    if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise PluginError(f"a {kind} must be a subclass of sparsekit.{base.__name__}; {cls!r} is not")
-    name = getattr(cls, "name", None)
+def _checked(found: object, kind: str, base: type) -> str:
+    if kind == "preset":
+        if not isinstance(found, base):
+            raise PluginError(f"a preset must be a sparsekit.{base.__name__}; {found!r} is not")
+    elif not (isinstance(found, type) and issubclass(found, base)):
+        raise PluginError(f"a {kind} must be a subclass of sparsekit.{base.__name__}; {found!r} is not")
+    name = getattr(found, "name", None)
     if not isinstance(name, str):
-        raise PluginError(f"the {kind} {cls.__name__} has no `name`")
+        raise PluginError(f"the {kind} {getattr(found, '__name__', found)} has no `name`")
     return name
 
 
-def _flat(results: Iterable[Iterable[type]]) -> list[type]:
+def _flat(results: Iterable[Iterable[Any]]) -> list[Any]:
     return [cls for classes in results for cls in classes]
 
 

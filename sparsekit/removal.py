@@ -58,6 +58,12 @@ class InverseFisher:
         """H X = Σ⁻¹ X, for X (n,) or (n, k)."""
         return self.operator.solve(X.to(self.operator.dtype)).to(X.dtype)
 
+    def conditioned(self, mask: Mask | None) -> LinearOperator:
+        """Σ given that the removed weights stay removed, as far as the structure can."""
+        if mask is None or not mask.removed_count:
+            return self.operator
+        return self.operator.conditioned(mask.kept)
+
     def diagonal(self, mask: Mask | None = None) -> Tensor:
         """Diag Σ, (n,); with a mask, conditioned on the removed weights as far as the structure can.
 
@@ -67,15 +73,14 @@ class InverseFisher:
             CurvatureError: an entry that should be positive is not. Nothing may be ranked by it: negative
                 entries would be removed first.
         """
-        kept = None if mask is None else mask.kept
-        diagonal = self.operator.diagonal() if kept is None else self.operator.conditional_diagonal(kept)
-        inside = diagonal if kept is None else diagonal[kept]
+        diagonal = self.conditioned(mask).diagonal()
+        inside = diagonal if mask is None else diagonal[mask.kept]
         if inside.numel() and not bool((inside > 0).all() & inside.isfinite().all()):
             raise CurvatureError(
                 f"the inverse Fisher's diagonal has {int((~(inside > 0)).sum())} entries of {inside.numel()} "
                 f"that are not positive at damping {self.damping:.1e}; raise the damping"
             )
-        return diagonal
+        return diagonal if mask is None else torch.where(mask.kept, diagonal, 0.0)
 
     def remove(
         self,
@@ -84,14 +89,16 @@ class InverseFisher:
         chosen: Tensor,
         how: Compensation = "joint",
         gradient: Tensor | None = None,
+        scale: float = 1.0,
     ) -> Removal:
         """Remove the chosen weights and move the others as `how` says.
 
         With Q = chosen, R = removed before, C = Q ∪ R, S the survivors, t = −w on Q and 0 on R:
 
         - joint: δ minimises gᵀδ + ½ δᵀHδ subject to δ_C = t, that is δ = Σ_{:C} (Σ_CC)⁻¹ t for g = 0.
-        - independent: δ = −Σ_{i∈Q} Σ_{:i} w_i / Σ_ii, then δ_C = t: the sum of single-weight solutions, as
-          WoodFisher and oBERT publish it.
+        - independent: δ = −Σg − Σ_{i∈Q} Σ_{:i} (w_i − (Σg)_i) / Σ_ii, then δ_C = t: the sum of single-weight
+          solutions, as WoodFisher and oBERT (g = 0) and WoodTaylor publish it. Σ is conditioned on R where its
+          structure can be.
         - none: δ_C = t only.
 
         Args:
@@ -100,6 +107,7 @@ class InverseFisher:
             chosen: (n,) bool, kept weights to be removed now.
             how: see above.
             gradient: g, (n,); the model's first-order term, taken as zero by default.
+            scale: of the survivors' move, in [0, 1]; 1 is the solution, 0 is `none`.
 
         Raises:
             CurvatureError: the joint solve does not converge, or the result is not finite.
@@ -118,10 +126,12 @@ class InverseFisher:
         if how == "none":
             delta = target
         elif how == "independent":
-            delta = self._independent(target, fixed)
+            delta = self._independent(target, fixed, mask, linear)
         else:
             minimum = self.operator.minimise(fixed, target, linear)
             delta, iterations, residual = minimum.solution, minimum.iterations, minimum.residual
+        if scale != 1.0:
+            delta = torch.where(fixed, target, scale * delta)
         increase = self.increase(delta, linear)
         if how == "joint" and (without := self.increase(target, linear)) < increase:
             # An unfinished solve on the fixed side is not feasible by itself; what is applied still has to be
@@ -140,6 +150,9 @@ class InverseFisher:
             value = value + torch.dot(gradient.double(), delta.double())
         return float(value)
 
-    def _independent(self, target: Tensor, fixed: Tensor) -> Tensor:
-        spread = self.operator @ (target / self.operator.diagonal())
-        return torch.where(fixed, target, spread)
+    def _independent(self, target: Tensor, fixed: Tensor, mask: Mask, linear: Tensor | None) -> Tensor:
+        operator = self.conditioned(mask)
+        step = torch.zeros_like(target) if linear is None else -(operator @ (linear * mask.kept))
+        chosen = fixed & mask.kept
+        multipliers = torch.where(chosen, (target - step) / operator.diagonal(), 0.0)
+        return torch.where(fixed, target, step + operator @ multipliers)

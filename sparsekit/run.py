@@ -17,8 +17,8 @@ from sparsekit.errors import DataError, RecordError, SettingsError
 from sparsekit.interfaces import CurvatureEstimator, Task
 from sparsekit.objective import Batch
 from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.provenance import available_memory, machine, now, peak_memory, plugins_used
 from sparsekit.provenance import identity as run_identity
-from sparsekit.provenance import machine, now, peak_memory, plugins_used
 from sparsekit.pruner import DenseMeasured, Event, Pruner, PrunerState, StepCompleted
 from sparsekit.records import LevelRecord, RunDirectory, RunRecord, StepRecord, run_key
 from sparsekit.registry import Registry
@@ -76,13 +76,14 @@ def preview(resolved: ResolvedRun) -> Preview:
     device = find_device(resolved.settings.device)
     task: Task = resolved.build("task")
     settings = resolved.settings
-    space = ParameterSpace.of(task.network(), include=settings.include, exclude=settings.exclude)
+    network = task.network()
+    space = ParameterSpace.of(network, include=settings.include, exclude=settings.exclude)
     pattern = resolved.build("pattern")
     for sparsity in resolved.sparsity:
         pattern.count(space, sparsity)
-    estimator = resolved.classes["estimator"]
-    memory = estimator.memory(space, resolved.options["estimator"])
-    return Preview(space, _plan(resolved), memory, resolved.as_dict(), str(device))
+    estimator, options = resolved.classes["estimator"], resolved.options["estimator"]
+    estimator.check(network, space, options, available_memory(device))
+    return Preview(space, _plan(resolved), estimator.memory(space, options), resolved.as_dict(), str(device))
 
 
 def _plan(resolved: ResolvedRun) -> list[Step]:

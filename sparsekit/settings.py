@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from sparsekit.errors import SettingsError
-from sparsekit.interfaces import FinetuneSettings, Settings, Split
+from sparsekit.interfaces import CompensationSettings, FinetuneSettings, Settings, Split
 from sparsekit.registry import Registry
-from sparsekit.removal import Compensation
 
 Sparsity = Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights removed, in [0, 1)")]
 
@@ -23,6 +22,9 @@ T = TypeVar("T", bound=BaseModel)
 
 #: The components of a run: each has a name and its own settings.
 COMPONENTS = ("task", "estimator", "saliency", "schedule", "pattern")
+
+#: What a bare string means where a mapping is expected: `estimator: obs` is `estimator: {name: obs}`.
+SHORTHAND = {**dict.fromkeys(COMPONENTS, "name"), "compensation": "how"}
 
 
 class TrackingSettings(Settings):
@@ -36,21 +38,14 @@ class TrackingSettings(Settings):
     experiment: str = Field("sparsekit", min_length=1, description="MLflow experiment")
 
 
-def _named(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-Component = Annotated[dict[str, Any], BeforeValidator(_named)]
-
-
 class RunSettings(Settings):
     """A run. The components' own settings stand beside their `name`."""
 
-    task: Component = Field({"name": "digits"}, description="what is pruned and how it is measured")
-    estimator: Component = Field({"name": "fishleg"}, description="of the inverse Fisher")
-    saliency: Component = Field({"name": "obs"}, description="which weights go first")
-    pattern: Component = Field({"name": "unstructured"}, description="which sets of weights may go together")
-    schedule: Component = Field({"name": "cubic"}, description="how sparsity grows from level to level")
+    task: dict[str, Any] = Field({"name": "digits"}, description="what is pruned and how it is measured")
+    estimator: dict[str, Any] = Field({"name": "fishleg"}, description="of the inverse Fisher")
+    saliency: dict[str, Any] = Field({"name": "obs"}, description="which weights go first")
+    pattern: dict[str, Any] = Field({"name": "unstructured"}, description="which sets of weights may go together")
+    schedule: dict[str, Any] = Field({"name": "cubic"}, description="how sparsity grows from level to level")
     sparsity: tuple[Sparsity, ...] = Field((), description="levels to report; default the task's")
     steps: int = Field(4, ge=1, description="steps for each level, except one-shot's single one")
     substeps: int = Field(1, ge=1, description="cuts within a step, curvature refreshed before each")
@@ -59,7 +54,7 @@ class RunSettings(Settings):
         description="each level from the dense weights, or all on one path; auto: independent for one-shot "
         "without sub-steps and fine-tuning",
     )
-    compensation: Compensation = Field("joint", description="how the surviving weights move")
+    compensation: CompensationSettings = Field(CompensationSettings(), description="how the surviving weights move")
     finetune: dict[str, Any] = Field({}, description="masked training after each step; default the task's")
     split: Split = Field("reporting", description="examples that metrics are measured on; tune on 'tuning'")
     seed: int = Field(0, ge=0, description="of calibration examples, sampled labels and fine-tuning order")
@@ -106,9 +101,15 @@ class ResolvedRun:
 def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
     """Validate a run's raw settings; nothing but names and values is looked at.
 
+    `preset` names a published configuration, which whatever else is given wins over.
+
     Raises:
         SettingsError, PluginError: with the place, what was given and what was needed.
     """
+    preset = raw.get("preset")
+    if preset is not None:
+        published = registry.get("preset", preset).settings
+        raw = merge(published, {key: value for key, value in raw.items() if key != "preset"})
     names = {kind: RunSettings.model_fields[kind].get_default() for kind in COMPONENTS}
     settings = validated(RunSettings, merge(names, raw), "")
     classes: dict[str, type[Any]] = {}
@@ -120,6 +121,11 @@ def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
             raise SettingsError(f"{kind} needs a name; known: {', '.join(registry.names(kind))}")
         classes[kind] = registry.get(kind, name)
         options[kind] = validated(classes[kind].Settings, given, kind)
+    if classes["pattern"].across_layers and not classes["estimator"].across_layers:
+        raise SettingsError(
+            f"the scores of the estimator '{classes['estimator'].name}' compare within a layer only, and the pattern "
+            f"'{classes['pattern'].name}' compares layers; use --pattern uniform or n:m"
+        )
     task = classes["task"]
     recipe = validated(FinetuneSettings, {**task.finetune.model_dump(), **settings.finetune}, "finetune")
     sparsity = tuple(sorted(set(settings.sparsity or task.sparsity)))
@@ -187,7 +193,7 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for layer in layers:
         for key, given in layer.items():
-            value = _named(given) if key in COMPONENTS else given
+            value = {SHORTHAND[key]: given} if key in SHORTHAND and isinstance(given, str) else given
             old = out.get(key)
             if isinstance(old, dict) and isinstance(value, Mapping):
                 renamed = key in COMPONENTS and value.get("name", old.get("name")) != old.get("name")

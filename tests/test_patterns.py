@@ -4,7 +4,7 @@ import torch
 from sparsekit.errors import SettingsError
 from sparsekit.interfaces import Settings
 from sparsekit.parameters import Mask, ParameterSpace
-from sparsekit.patterns import NM, NMSettings, Uniform, Unstructured, lowest
+from sparsekit.patterns import NM, Block, BlockSettings, NMSettings, Uniform, Unstructured, lowest
 
 SPACE = ParameterSpace({"a": (4, 8), "b": (3, 5), "c": (2, 3)})
 
@@ -73,3 +73,37 @@ def test_n_of_m_on_the_way_never_takes_more_than_a_group_allows():
 def test_more_than_the_pattern_allows_is_refused():
     with pytest.raises(SettingsError, match=r"2:4 removes at most 0.5 of the weights, 0.6 was asked for"):
         NM(NMSettings()).count(SPACE, 0.6)
+
+
+def test_units_are_the_whole_groups_of_an_outputs_inputs():
+    units = NM(NMSettings(n=1, m=4)).units(SPACE)
+    assert units.removed == 3
+    assert units.index.tolist()[:3] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert len(units.index) == 4 * 2 + 3 * 1  # "c" is too narrow
+    assert units.index[8].tolist() == [32, 33, 34, 35]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.5, 0.83])
+def test_whole_blocks_go(sparsity):
+    pattern = Block(BlockSettings(size=4))
+    removed, scores = chosen(pattern, sparsity)
+    groups = pattern.units(SPACE).index
+    gone = removed[groups]
+    assert (gone.all(1) == gone.any(1)).all()
+    assert int(removed.sum()) == pattern.count(SPACE, sparsity) == 4 * round(sparsity * 53 / 4)
+    sums = scores[groups].sum(1)
+    if gone.any() and not gone.all():
+        assert sums[gone.all(1)].max() < sums[~gone.all(1)].min()
+
+
+def test_blocks_removed_before_count():
+    pattern = Block(BlockSettings(size=4))
+    before, _ = chosen(pattern, 0.4)
+    after, _ = chosen(pattern, 0.8, Mask(~before))
+    assert not (before & after).any()
+    assert int((before | after).sum()) == pattern.count(SPACE, 0.8)
+
+
+def test_no_block_anywhere_is_refused():
+    with pytest.raises(SettingsError, match="no block of 64"):
+        Block(BlockSettings(size=64)).count(SPACE, 0.5)

@@ -70,12 +70,27 @@ def test_joint_with_a_gradient_is_the_surviving_sides_solution():
     assert_close(inverse.remove(weights, mask, chosen, gradient=g).delta, truth)
 
 
-def test_independent_is_the_sum_of_single_weight_solutions():
+@pytest.mark.parametrize("with_gradient", [False, True], ids=["", "gradient"])
+def test_independent_is_the_sum_of_single_weight_solutions(with_gradient):
     inverse, weights, mask, chosen = problem(4)
-    S = inverse.operator.dense()
-    truth = -sum(S[:, i] * weights[i] / S[i, i] for i in chosen.nonzero()[:, 0])
+    g = torch.randn(12, generator=torch.Generator().manual_seed(9), dtype=torch.float64) * with_gradient
+    kept, C = mask.kept, chosen | mask.removed
+    S = torch.zeros(12, 12, dtype=torch.float64)  # what removed weights leave of Σ
+    H = torch.linalg.inv(inverse.operator.dense())
+    S[kept.nonzero(), kept.nonzero()[:, 0]] = torch.linalg.inv(H[kept][:, kept])
+    newton = S @ g
+    truth = -newton - sum(S[:, i] * (weights[i] - newton[i]) / S[i, i] for i in chosen.nonzero()[:, 0])
+    found = inverse.remove(weights, mask, chosen, "independent", gradient=g if with_gradient else None)
+    assert_close(found.delta[~C], truth[~C])
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_scale_shrinks_the_survivors_move_alone(how):
+    inverse, weights, mask, chosen = problem(4)
+    whole, half = (inverse.remove(weights, mask, chosen, how, scale=s).delta for s in (1.0, 0.5))
     C = chosen | mask.removed
-    assert_close(inverse.remove(weights, mask, chosen, "independent").delta[~C], truth[~C])
+    assert_close(half[~C], 0.5 * whole[~C])
+    assert torch.equal(half[C], whole[C])
 
 
 def test_two_weights_by_hand():

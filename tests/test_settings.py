@@ -44,7 +44,7 @@ def test_resolved_settings_resolve_to_themselves(registry):
         ({"estimatr": "obs"}, "no setting 'estimatr'; did you mean 'estimator'"),
         ({"device": "gpu"}, "device = 'gpu' is not valid"),
         ({"estimator": {"name": 3}}, "estimator needs a name"),
-        ({"compensation": "some"}, "compensation = 'some' is not valid"),
+        ({"compensation": "some"}, "compensation.how = 'some' is not valid"),
     ],
 )
 def test_a_bad_setting_is_one_sentence(registry, raw, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from types import TracebackType
 from typing import Any, Self
@@ -70,8 +71,8 @@ def summary(outcome: Outcome) -> dict[str, Any]:
                 "achieved": level.achieved,
                 "pruned": level.pruned,
                 "finetuned": level.finetuned,
-                "predicted_increase": level.predicted_increase,
-                "measured_increase": level.measured_increase,
+                "predicted_increase": finite(level.predicted_increase),
+                "measured_increase": finite(level.measured_increase),
             }
             for level in record.levels
         ],
@@ -81,20 +82,28 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     }
 
 
+def finite(value: float) -> float | None:
+    """The value, or None: JSON has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
+
+
 def print_summary(outcome: Outcome) -> None:
     """The summary for people, on standard output."""
     record, console = outcome.record, Console()
     if outcome.repeated:
         console.print("This run was finished before; nothing was done now (--fresh does it again).")
     metrics = list(record.dense)
-    table = Table(title=f"{record.estimator} on {record.task}, {record.settings['compensation']} compensation")
+    table = Table(title=f"{record.estimator} on {record.task}, {record.settings['compensation']['how']} compensation")
     for column in ("sparsity", "", *metrics, "predicted ΔL", "measured ΔL"):
         table.add_column(column, justify="left" if column == "" else "right")
     table.add_row("0 %", "dense", *(_figure(m, record.dense[m]) for m in metrics), "", "")
     for level in record.levels:
         asked = f"{level.achieved:.2%}" if abs(level.achieved - level.sparsity) > 5e-5 else f"{level.sparsity:.4g}"
         asked = f"{100 * level.sparsity:g} %" if not asked.endswith("%") else f"{asked} (of {100 * level.sparsity:g} %)"
-        increase = (f"{level.predicted_increase:.3g}", f"{level.measured_increase:.3g}")
+        increase = [
+            "–" if finite(value) is None else f"{value:.3g}"
+            for value in (level.predicted_increase, level.measured_increase)
+        ]
         table.add_row(asked, "pruned", *(_figure(m, level.pruned[m]) for m in metrics), *increase)
         if level.finetuned is not None:
             tuned = level.finetuned

@@ -6,10 +6,12 @@ import json
 from typing import Annotated
 
 import typer
+import yaml
 from rich.console import Console
 from rich.table import Table
 
-from sparsekit.registry import Registry
+from sparsekit.interfaces import Preset
+from sparsekit.registry import KINDS, Registry
 from sparsekit.run import load_registry
 
 
@@ -46,10 +48,16 @@ def plugins(
 
 
 def _print_settings(registry: Registry, name: str) -> None:
-    kinds = [kind for kind in ("estimator", "saliency", "schedule", "pattern", "task") if name in registry.names(kind)]
-    for kind in kinds or ["estimator"]:
+    found = [kind for kind in KINDS if name in registry.names(kind)]
+    for kind in found or ["estimator"]:
+        item = registry.get(kind, name)
+        if isinstance(item, Preset):
+            differs = f"\n# Differs: {item.differs}." if item.differs else ""
+            settings = yaml.safe_dump(dict(item.settings), sort_keys=False)
+            typer.echo(f"# The preset {name}: {item.reference}.{differs}\n{settings}")
+            continue
         table = Table("setting", "default", "meaning", title=f"{kind} {name}")
-        for field, info in registry.get(kind, name).Settings.model_fields.items():
+        for field, info in item.Settings.model_fields.items():
             default = (
                 "required"
                 if info.is_required()

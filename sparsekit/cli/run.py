@@ -31,6 +31,7 @@ def run(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder of the task's data.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="File of the dense weights.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A published configuration; see sparsekit plugins.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; options win over it.")] = None,
     assignments: Annotated[
         list[str] | None,
@@ -46,6 +47,7 @@ def run(
 ) -> None:
     """Prune a trained network with second-order information, track it, and report what it cost."""
     options: dict[str, Any] = {
+        "preset": preset,
         "estimator": _some(name=estimator),
         "task": _some(name=task, data_dir=data_dir, checkpoint=checkpoint),
         "schedule": _some(name=schedule),

@@ -1,6 +1,16 @@
-"""What is measured from an objective: gradient rows and products with the Fisher. No inverse is taken here."""
+"""What is measured from an objective: gradient rows, their moments, Fisher products. No inverse is taken here."""
 
+from sparsekit.curvature.inputs import input_moments, layer_groups
+from sparsekit.curvature.moments import averaged_rows, block_moments
 from sparsekit.curvature.products import GaussNewton
 from sparsekit.curvature.rows import gradient_rows, per_example_gradients
 
-__all__ = ["GaussNewton", "gradient_rows", "per_example_gradients"]
+__all__ = [
+    "GaussNewton",
+    "averaged_rows",
+    "block_moments",
+    "gradient_rows",
+    "input_moments",
+    "layer_groups",
+    "per_example_gradients",
+]

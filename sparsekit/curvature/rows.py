@@ -57,13 +57,13 @@ def per_example_gradients(
     with as_found(model):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        hooked = _hookable(model, objective.space)
+        hooked = layers_with_weights(model, objective.space)
         functional = [name for name in objective.space.names if name not in {n for u in hooked for n in u.names}]
         for use in hooked:  # the graph must reach the layers' outputs, and no further
             for parameter in use.module.parameters(recurse=False):
                 parameter.requires_grad_(True)
         for inputs, given in objective.on_device():
-            with _record(hooked), torch.enable_grad():
+            with record_uses(hooked), torch.enable_grad():
                 output = model(inputs)
             vectors = _output_vectors(likelihood, output, given, fisher, generator)
             for index, vector in enumerate(vectors):
@@ -121,7 +121,9 @@ def _drawn_column(columns: list[Tensor], generator: torch.Generator) -> Tensor:
 
 # -- layers whose gradients follow from inputs and output gradients ------------------------------------------
 @dataclass
-class _HookedLayer:
+class HookedLayer:
+    """A layer whose gradients follow from its inputs and its outputs' gradients, and its calls in one pass."""
+
     module: nn.Module
     weight: str | None  # names in the space; None where the parameter is not prunable
     bias: str | None
@@ -132,7 +134,8 @@ class _HookedLayer:
         return tuple(name for name in (self.weight, self.bias) if name is not None)
 
 
-def _hookable(model: nn.Module, space: ParameterSpace) -> list[_HookedLayer]:
+def layers_with_weights(model: nn.Module, space: ParameterSpace) -> list[HookedLayer]:
+    """The Linear and convolution layers with a prunable weight or bias that no other kind of module shares."""
     by_tensor: dict[Tensor, str] = {p: name for name, p in space.tensors(model).items()}
     layers = []
     for module in model.modules():
@@ -142,7 +145,7 @@ def _hookable(model: nn.Module, space: ParameterSpace) -> list[_HookedLayer]:
         if module.bias is not None:
             bias = by_tensor.get(module.bias)
         if weight is not None or bias is not None:
-            layers.append(_HookedLayer(module, weight, bias))
+            layers.append(HookedLayer(module, weight, bias))
     # A tensor that also belongs to another kind of module (an embedding tied to a decoder) has gradients the
     # hooks do not see.
     foreign = {
@@ -162,12 +165,13 @@ def _is_supported(module: nn.Module) -> bool:
     return type(module) in (nn.Conv1d, nn.Conv2d) and module.padding_mode == "zeros"
 
 
-def _record(layers: list[_HookedLayer]) -> ExitStack:
+def record_uses(layers: list[HookedLayer]) -> ExitStack:
+    """While it is open, every call of the layers is noted in their `uses`."""
     stack = ExitStack()
     for layer in layers:
         layer.uses.clear()
 
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: _HookedLayer = layer) -> None:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: HookedLayer = layer) -> None:
             layer.uses.append((args[0].detach(), output))
 
         handle = layer.module.register_forward_hook(hook)
@@ -175,7 +179,7 @@ def _record(layers: list[_HookedLayer]) -> ExitStack:
     return stack
 
 
-def _hooked_gradients(layers: list[_HookedLayer], output: Tensor, vector: Tensor, *, retain: bool) -> dict[str, Tensor]:
+def _hooked_gradients(layers: list[HookedLayer], output: Tensor, vector: Tensor, *, retain: bool) -> dict[str, Tensor]:
     if not layers:
         return {}
     outputs = [z for layer in layers for _, z in layer.uses]
@@ -197,7 +201,7 @@ def _hooked_gradients(layers: list[_HookedLayer], output: Tensor, vector: Tensor
     return rows
 
 
-def _layer_gradients(layer: _HookedLayer, a: Tensor, d: Tensor) -> dict[str, Tensor]:
+def _layer_gradients(layer: HookedLayer, a: Tensor, d: Tensor) -> dict[str, Tensor]:
     rows = {}
     module = layer.module
     if isinstance(module, nn.Linear):
@@ -215,13 +219,13 @@ def _layer_gradients(layer: _HookedLayer, a: Tensor, d: Tensor) -> dict[str, Ten
         rows[layer.bias] = d.flatten(2).sum(2)
     if layer.weight is not None:
         groups, b = module.groups, len(a)
-        patches = _patches(module, a).view(b, groups, -1, d[0, 0].numel())  # (b, g, in/g·k, T)
+        patches = input_patches(module, a).view(b, groups, -1, d[0, 0].numel())  # (b, g, in/g·k, T)
         d = d.reshape(b, groups, -1, patches.shape[-1])  # (b, g, out/g, T)
         rows[layer.weight] = (d @ patches.mT).view(b, *module.weight.shape)
     return rows
 
 
-def _patches(module: nn.Conv1d | nn.Conv2d, a: Tensor) -> Tensor:
+def input_patches(module: nn.Conv1d | nn.Conv2d, a: Tensor) -> Tensor:
     """(b, in·k, T): the inputs that each output position of a convolution sees."""
     stride, dilation, size = module.stride, module.dilation, module.kernel_size
     padding = module.padding

@@ -1,6 +1,7 @@
 """Symmetric positive definite operators on Rⁿ: their products, solves, diagonals and constrained minima."""
 
 from sparsekit.linalg.iterative import ConjugateGradients, conjugate_gradients
+from sparsekit.linalg.lowrank import DiagonalPlusLowRank
 from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator
 from sparsekit.linalg.structured import (
     BlockDiagonal,
@@ -8,6 +9,7 @@ from sparsekit.linalg.structured import (
     DirectSum,
     KroneckerDiagonal,
     Principal,
+    RepeatedBlock,
 )
 
 __all__ = [
@@ -15,9 +17,11 @@ __all__ = [
     "ConjugateGradients",
     "ConstrainedMinimum",
     "Diagonal",
+    "DiagonalPlusLowRank",
     "DirectSum",
     "KroneckerDiagonal",
     "LinearOperator",
     "Principal",
+    "RepeatedBlock",
     "conjugate_gradients",
 ]

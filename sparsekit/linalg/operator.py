@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ class LinearOperator(ABC):
     """A symmetric positive definite operator Σ on Rⁿ that knows its inverse H = Σ⁻¹.
 
     A structure writes four formulas - `_matmul`, `_solve`, `diagonal`, `inverse_diagonal` - and may override
-    what it can do exactly: `conditional_diagonal`, `minimise`.
+    what it can do exactly or cheaply: `conditioned`, `minimise`, `blocks`, `stretches`.
 
     Attributes:
         size: n.
@@ -76,13 +77,38 @@ class LinearOperator(ABC):
         """Σ as (n, n); for tests and small n."""
         return self @ torch.eye(self.size, dtype=self.dtype, device=self.device)
 
-    def conditional_diagonal(self, kept: Tensor) -> Tensor:
-        """Diag of (H_SS)⁻¹ on the kept coordinates S, zero elsewhere, or the nearest the structure can do.
+    def conditioned(self, kept: Tensor) -> LinearOperator:
+        """(H_SS)⁻¹ on the kept coordinates S, without coupling to the others, or the nearest the structure can do.
 
-        (H_SS)⁻¹ is what Σ becomes once the other coordinates are fixed. The default returns diag Σ on S, an
-        upper bound (Σ_SS minus a positive semidefinite matrix); a structure that can be exact overrides it.
+        (H_SS)⁻¹ is what Σ becomes once the other coordinates are fixed. The default is Σ itself, an upper bound on
+        S (the two differ by a positive semidefinite matrix); a structure that can be exact overrides it.
+
+        Args:
+            kept: (n,) bool, S.
         """
-        return torch.where(kept, self.diagonal(), 0.0)
+        return self
+
+    def stretches(self) -> Sequence[int]:
+        """Lengths of consecutive stretches of Rⁿ that Σ does not couple with one another."""
+        return [self.size]
+
+    def blocks(self, index: Tensor) -> Tensor:
+        """Principal blocks Σ_GG of groups of coordinates.
+
+        The default takes a product for every coordinate that is asked for: n²·|groups| work, so for small n.
+
+        Args:
+            index: (m, B) of coordinates; −1 pads short groups, whose surplus rows and columns are the identity's.
+
+        Returns:
+            (m, B, B).
+        """
+        out = []
+        for group in index:
+            columns = torch.zeros(self.size, len(group), dtype=self.dtype, device=self.device)
+            columns[group.clamp_min(0), torch.arange(len(group), device=self.device)] = 1
+            out.append((self @ columns)[group.clamp_min(0)])
+        return padded(torch.stack(out), index)
 
     def minimise(
         self,
@@ -170,3 +196,14 @@ class LinearOperator(ABC):
         if X.dim() not in (1, 2) or X.shape[0] != self.size:
             raise ValueError(f"({self.size},) or ({self.size}, k) was needed, {tuple(X.shape)} was given")
         return X
+
+
+def padded(blocks: Tensor, index: Tensor) -> Tensor:
+    """Blocks (m, B, B) with the identity's rows and columns where index (m, B) is −1."""
+    return identity_where(index < 0, blocks)
+
+
+def identity_where(where: Tensor, blocks: Tensor) -> Tensor:
+    """Blocks (m, B, B) with the rows and columns at `where` (m, B) replaced by the identity's."""
+    clean = blocks.masked_fill(where[:, :, None] | where[:, None, :], 0.0)
+    return clean + torch.diag_embed(where.to(blocks.dtype))

@@ -1,15 +1,16 @@
-"""The structures: diagonal, blocks, Kronecker product with an inner diagonal, direct sums, principal parts."""
+"""The structures: diagonal, blocks, repeated blocks, Kronecker with an inner diagonal, direct sums, principal parts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from sparsekit.errors import CurvatureError
 from sparsekit.linalg.iterative import conjugate_gradients
-from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator
+from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, identity_where, padded
 
 #: Smallest pivot, relative to the largest, below which a Cholesky factor is not trusted.
 RELATIVE_PIVOT = 1e-12
@@ -36,6 +37,12 @@ class Diagonal(LinearOperator):
         """1/d."""
         return self.d.reciprocal()
 
+    def stretches(self) -> Sequence[int]:
+        return [1] * self.size
+
+    def blocks(self, index: Tensor) -> Tensor:
+        return padded(torch.diag_embed(self.d[index.clamp_min(0)]), index)
+
     def minimise(
         self,
         fixed: Tensor,
@@ -59,17 +66,21 @@ class BlockDiagonal(LinearOperator):
         sizes: lengths of the m stretches, in order; each between 1 and B.
 
     Raises:
-        CurvatureError: a block is not positive definite to RELATIVE_PIVOT.
+        CurvatureError: on use, where a block is not positive definite to RELATIVE_PIVOT.
     """
 
     def __init__(self, precision: Tensor, sizes: Sequence[int]) -> None:
         lengths = torch.tensor(sizes, device=precision.device)
         super().__init__(int(lengths.sum()), precision.dtype, precision.device)
         width = precision.shape[1]
+        self._sizes = list(sizes)
         self._inside = torch.arange(width, device=self.device) < lengths[:, None]  # (m, B)
-        self.precision = _identity_where(~self._inside, precision)
-        self._factor = _cholesky(self.precision)
-        self.inverse = torch.cholesky_inverse(self._factor)
+        self.precision = identity_where(~self._inside, precision)
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """(m, B, B), the blocks of Σ."""
+        return torch.cholesky_inverse(_cholesky(self.precision))
 
     def _scatter(self, X: Tensor) -> Tensor:
         """(n, k) -> (m, B, k), zero in the surplus."""
@@ -89,12 +100,18 @@ class BlockDiagonal(LinearOperator):
     def inverse_diagonal(self) -> Tensor:
         return self.precision.diagonal(dim1=1, dim2=2)[self._inside]
 
-    def conditional_diagonal(self, kept: Tensor) -> Tensor:
+    def conditioned(self, kept: Tensor) -> BlockDiagonal:
         """Exact, by one Cholesky factor of H_SS a block."""
-        fixed = self._scatter((~kept)[:, None])[..., 0]
-        factor = _cholesky(_identity_where(fixed, self.precision))
-        diagonal = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)[self._inside]
-        return torch.where(kept, diagonal, 0.0)
+        return BlockDiagonal(identity_where(self._scatter((~kept)[:, None])[..., 0], self.precision), self._sizes)
+
+    def stretches(self) -> Sequence[int]:
+        return self._sizes
+
+    def blocks(self, index: Tensor) -> Tensor:
+        place = self._inside.nonzero()[index.clamp_min(0)]  # (m, B, 2): block and position in it
+        block, position = place[..., 0], place[..., 1]
+        found = self.inverse[block[:, :, None], position[:, :, None], position[:, None, :]]
+        return padded(found * (block[:, :, None] == block[:, None, :]), index)
 
     def minimise(
         self,
@@ -110,9 +127,110 @@ class BlockDiagonal(LinearOperator):
         target = torch.where(fixed, values.to(self.dtype), 0.0)
         right = -self.solve(target) if linear is None else -(self.solve(target) + linear.to(self.dtype))
         right = torch.where(fixed, target, right)
-        factor = _cholesky(_identity_where(self._scatter(fixed[:, None])[..., 0], self.precision))
+        factor = _cholesky(identity_where(self._scatter(fixed[:, None])[..., 0], self.precision))
         solution = torch.cholesky_solve(self._scatter(right[:, None]), factor)[self._inside][:, 0]
         return ConstrainedMinimum(torch.where(fixed, target, solution))
+
+
+class RepeatedBlock(LinearOperator):
+    """I_r ⊗ H_1 ⊕ … ⊕ I_r ⊗ H_g: the same precision for each of r rows, group after group.
+
+    What layer-wise least squares has: the rows of a weight matrix do not couple, and all have the inputs' second
+    moment as Hessian. With coordinates fixed every row has a system of its own; rows are then worked on in slices.
+
+    Args:
+        precision: (g, B, B), the blocks of H.
+        repeats: r, rows of each.
+        kept: (g·r·B,) bool; coordinates outside are decoupled with the identity in place of their precision.
+        slice_bytes: bound of the memory of a slice of rows.
+    """
+
+    def __init__(
+        self, precision: Tensor, repeats: int, kept: Tensor | None = None, *, slice_bytes: int = 1 << 28
+    ) -> None:
+        groups, width, _ = precision.shape
+        super().__init__(groups * repeats * width, precision.dtype, precision.device)
+        self.precision, self.repeats, self.kept = precision, repeats, kept
+        self._shared = BlockDiagonal(precision, [width] * groups) if kept is None else None
+        self._bytes = slice_bytes
+        self._slice = max(1, slice_bytes // (4 * width * width * precision.element_size()))
+
+    def _rows(self, kept: Tensor | None) -> Iterator[tuple[slice, BlockDiagonal]]:
+        """The coordinates of consecutive rows and their operator, conditioned on `kept`."""
+        groups, width, _ = self.precision.shape
+        for group in range(groups):
+            for first in range(0, self.repeats, self._slice):
+                count = min(self._slice, self.repeats - first)
+                start = (group * self.repeats + first) * width
+                where = slice(start, start + count * width)
+                blocks = self.precision[group].expand(count, width, width)
+                if kept is not None:
+                    blocks = identity_where(~kept[where].view(count, width), blocks)
+                yield where, BlockDiagonal(blocks, [width] * count)
+
+    def _by_row(self, X: Tensor) -> Tensor:
+        """(n, k) -> (g, B, r·k)."""
+        groups, width, _ = self.precision.shape
+        return X.view(groups, self.repeats, width, -1).transpose(1, 2).reshape(groups, width, -1)
+
+    def _flat(self, Y: Tensor, k: int) -> Tensor:
+        groups, width, _ = self.precision.shape
+        return Y.view(groups, width, self.repeats, k).transpose(1, 2).reshape(self.size, k)
+
+    def _matmul(self, X: Tensor) -> Tensor:
+        if self._shared is not None:
+            return self._flat(self._shared.inverse @ self._by_row(X), X.shape[1])
+        return torch.cat([rows @ X[where] for where, rows in self._rows(self.kept)])
+
+    def _solve(self, B: Tensor) -> Tensor:
+        inside = 1 if self.kept is None else self.kept.to(B.dtype)[:, None]
+        return inside * self._flat(self.precision @ self._by_row(inside * B), B.shape[1]) + (1 - inside) * B
+
+    def diagonal(self) -> Tensor:
+        if self._shared is not None:
+            return self._repeated(self._shared.inverse.diagonal(dim1=1, dim2=2))
+        return torch.cat([rows.diagonal() for _, rows in self._rows(self.kept)])
+
+    def inverse_diagonal(self) -> Tensor:
+        diagonal = self._repeated(self.precision.diagonal(dim1=1, dim2=2))
+        return diagonal if self.kept is None else torch.where(self.kept, diagonal, 1.0)
+
+    def _repeated(self, diagonal: Tensor) -> Tensor:
+        return diagonal[:, None, :].expand(-1, self.repeats, -1).reshape(-1)
+
+    def stretches(self) -> Sequence[int]:
+        groups, width, _ = self.precision.shape
+        return [width] * (groups * self.repeats)
+
+    def conditioned(self, kept: Tensor) -> RepeatedBlock:
+        """Exact, by one Cholesky factor of H_SS a row, when it is used."""
+        both = kept if self.kept is None else kept & self.kept
+        return RepeatedBlock(self.precision, self.repeats, both, slice_bytes=self._bytes)
+
+    def blocks(self, index: Tensor) -> Tensor:
+        if self._shared is None:
+            return _gathered(self, index, self._rows(self.kept))
+        row, position = index.clamp_min(0) // self.precision.shape[1], index.clamp_min(0) % self.precision.shape[1]
+        group = row // self.repeats
+        found = self._shared.inverse[group[:, :, None], position[:, :, None], position[:, None, :]]
+        return padded(found * (row[:, :, None] == row[:, None, :]), index)
+
+    def minimise(
+        self,
+        fixed: Tensor,
+        values: Tensor,
+        linear: Tensor | None = None,
+        *,
+        start: Tensor | None = None,
+        tolerance: float = 1e-4,
+        max_iterations: int = 1000,
+    ) -> ConstrainedMinimum:
+        """Exact, row by row."""
+        parts = []
+        for where, rows in self._rows(self.kept):
+            c = None if linear is None else linear[where]
+            parts.append(rows.minimise(fixed[where], values[where], c).solution)
+        return ConstrainedMinimum(torch.cat(parts))
 
 
 class KroneckerDiagonal(LinearOperator):
@@ -157,6 +275,17 @@ class KroneckerDiagonal(LinearOperator):
         inverse = self._inverse_left.square() @ self.q.reciprocal() @ self._inverse_right.square().mT
         return inverse.reshape(-1)
 
+    def blocks(self, index: Tensor) -> Tensor:
+        """Σ between (i, j) and (i', j') is Σ_ab L_ia L_i'a q_ab R_jb R_j'b: m·rows·columns work for each pair."""
+        rows = self.left[index.clamp_min(0) // self.q.shape[1]]  # (m, B, rows)
+        columns = self.right[index.clamp_min(0) % self.q.shape[1]]  # (m, B, columns)
+        out = rows.new_empty(*index.shape, index.shape[1])
+        for a in range(index.shape[1]):
+            for b in range(a + 1):
+                pair = ((rows[:, a] * rows[:, b]) @ self.q * (columns[:, a] * columns[:, b])).sum(1)
+                out[:, a, b] = out[:, b, a] = pair
+        return padded(out, index)
+
 
 class DirectSum(LinearOperator):
     """Operators on consecutive stretches of Rⁿ, independent of one another: one a layer."""
@@ -182,10 +311,22 @@ class DirectSum(LinearOperator):
     def inverse_diagonal(self) -> Tensor:
         return torch.cat([part.inverse_diagonal() for part in self.parts])
 
-    def conditional_diagonal(self, kept: Tensor) -> Tensor:
+    def conditioned(self, kept: Tensor) -> DirectSum:
         """Each part's own."""
         stretches = zip(self.parts, kept.split(self._sizes), strict=True)
-        return torch.cat([part.conditional_diagonal(k) for part, k in stretches])
+        return DirectSum([part.conditioned(k) for part, k in stretches])
+
+    def stretches(self) -> Sequence[int]:
+        return [length for part in self.parts for length in part.stretches()]
+
+    def blocks(self, index: Tensor) -> Tensor:
+        return _gathered(self, index, self._placed())
+
+    def _placed(self) -> Iterator[tuple[slice, LinearOperator]]:
+        start = 0
+        for part, size in zip(self.parts, self._sizes, strict=True):
+            yield slice(start, start + size), part
+            start += size
 
     def minimise(
         self,
@@ -256,11 +397,23 @@ class Principal(LinearOperator):
         """1 / diag Σ, a lower bound of diag H; used as a preconditioner only."""
         return self._diagonal.reciprocal()
 
+    def blocks(self, index: Tensor) -> Tensor:
+        found, outside = self.base.blocks(index), ~self.kept[index.clamp_min(0)]
+        diagonal = torch.diag_embed(found.diagonal(dim1=1, dim2=2) * outside)
+        return found.masked_fill(outside[:, :, None] | outside[:, None, :], 0.0) + diagonal
 
-def _identity_where(where: Tensor, blocks: Tensor) -> Tensor:
-    """Blocks (m, B, B) with the rows and columns at `where` (m, B) replaced by the identity's."""
-    clean = blocks.masked_fill(where[:, :, None] | where[:, None, :], 0.0)
-    return clean + torch.diag_embed(where.to(blocks.dtype))
+
+def _gathered(whole: LinearOperator, index: Tensor, parts: Iterable[tuple[slice, LinearOperator]]) -> Tensor:
+    """Principal blocks of a direct sum from those of its parts, one part at a time."""
+    out = torch.zeros(*index.shape, index.shape[1], dtype=whole.dtype, device=whole.device)
+    for where, part in parts:
+        inside = (index >= where.start) & (index < where.stop)
+        here = inside.any(1)
+        if bool(here.any()):
+            mine = inside[here]
+            found = part.blocks(torch.where(mine, index[here] - where.start, -1))
+            out[here] += found * (mine[:, :, None] & mine[:, None, :])
+    return padded(out, index)
 
 
 def _cholesky(blocks: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ def test_plugins_as_json(cli):
     _, out, _ = cli("plugins", "--json", output=False)
     listed = {row["name"]: row for row in json.loads(out)}
     assert listed["fishleg"]["status"] == "ok"
-    assert listed["obs"]["registers"] == {"estimator": ["obs"]}
+    assert listed["fishleg"]["registers"] == {"estimator": ["fishleg"]}
 
 
 def test_plugins_as_a_table(cli):

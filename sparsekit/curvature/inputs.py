@@ -1,0 +1,59 @@
+"""Second moments of layers' inputs, the Hessian of layer-wise least squares."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.curvature.rows import input_patches, layers_with_weights, record_uses
+from sparsekit.errors import ModelError
+from sparsekit.objective import Objective, as_found, some
+from sparsekit.parameters import ParameterSpace
+
+
+def layer_groups(model: nn.Module, space: ParameterSpace) -> dict[str, int]:
+    """Name of each prunable weight -> groups of its layer, a Linear or a convolution.
+
+    Raises:
+        ModelError: a prunable parameter is not the weight of such a layer.
+    """
+    found = {
+        layer.weight: int(getattr(layer.module, "groups", 1))
+        for layer in layers_with_weights(model, space)
+        if layer.weight is not None
+    }
+    others = [name for name in space.names if name not in found]
+    if others:
+        raise ModelError(
+            f"layer-wise least squares needs weights of Linear, Conv1d or Conv2d layers; {', '.join(others)} "
+            "belongs to none: exclude it"
+        )
+    return {name: found[name] for name in space.names}
+
+
+def input_moments(objective: Objective) -> dict[str, Tensor]:
+    """E Σ_t x xᵀ over examples, x the inputs that a weight sees at position t: name -> (groups, in, in), float64.
+
+    Products are taken in the model's type of number, batch by batch, and accumulated in float64. The inputs of all
+    uses of a layer count. No gradient is taken.
+    """
+    layer_groups(objective.model, objective.space)
+    layers = [layer for layer in layers_with_weights(objective.model, objective.space) if layer.weight is not None]
+    totals: dict[str, Tensor] = {}
+    with as_found(objective.model), torch.no_grad():
+        for inputs, _ in objective.on_device():
+            with record_uses(layers):
+                objective.model(inputs)
+            for layer in layers:
+                assert layer.weight is not None
+                for a, _ in layer.uses:
+                    groups = int(getattr(layer.module, "groups", 1))
+                    if not isinstance(layer.module, nn.Conv1d | nn.Conv2d):
+                        X = a.reshape(1, -1, a.shape[-1]).mT  # (1, in, b·T)
+                    else:
+                        X = input_patches(layer.module, a)  # (b, in·k, T)
+                        X = X.view(len(a), groups, -1, X.shape[-1]).movedim(0, 2).flatten(2)  # (g, in/g·k, b·T)
+                    moment = (X @ X.mT).double()
+                    totals[layer.weight] = totals[layer.weight] + moment if layer.weight in totals else moment
+    count = some(objective.count())
+    return {name: totals[name] / count for name in objective.space.names}

@@ -1,0 +1,187 @@
+"""A damped Gram matrix known by its rows: H = γI + GᵀG/m, its inverse never formed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import CurvatureError
+from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, padded
+
+#: Bytes of the columns of G that are worked on at a time, and brought to the device where G lies on the host.
+PAGE_BYTES = 1 << 25
+
+#: Bound of λmax/γ up to which float32 products with the rows lose no more than about three digits.
+SINGLE_PRECISION_RANGE = 1e4
+
+
+class DiagonalPlusLowRank(LinearOperator):
+    """Σ = (γI + GᵀG/m)⁻¹ from the rows G (r, n), by Woodbury's identity.
+
+    With the Cholesky factor of the r × r matrix K = γmI + GGᵀ = LLᵀ and V = L⁻¹G:
+    Σ = (I − VᵀV)/γ, which has the memory of G and the cost of two passes over it. V is not kept: pages of its
+    columns are made where they are needed. K and its factor are float64 always; products with G are in float64
+    too where the bound tr(GᵀG)/(mγ) of λmax/γ says that 1 − Σ V² would cancel in the rows' own type.
+
+    Args:
+        rows: G (r, n), on the device or in host memory.
+        damping: γ > 0.
+        count: m, what the Gram matrix is divided by; it may differ from r.
+        device: where vectors live; that of the rows by default.
+        kept: (n,) bool; the columns of the others are taken as zero, which decouples them.
+
+    Raises:
+        CurvatureError: K is not positive definite to working precision.
+
+    Reference: Frantar, Kurtic and Alistarh, 2021 (M-FAC), whose recursion gives the same matrix.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        damping: float,
+        count: int,
+        *,
+        device: torch.device | None = None,
+        kept: Tensor | None = None,
+    ) -> None:
+        super().__init__(rows.shape[1], rows.dtype, device or rows.device)
+        self.rows, self.damping, self.count, self.kept = rows, damping, count, kept
+        self._page = max(1, PAGE_BYTES // (8 * max(len(rows), 1)))
+
+    # -- pages of columns ------------------------------------------------------------------------------------
+    def _pages(self, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, self.size, self._page):
+            where = slice(start, min(start + self._page, self.size))
+            columns = self.rows[:, where].to(device=self.device, dtype=dtype or self.working, non_blocking=True)
+            yield where, columns if self.kept is None else columns * self.kept[where]
+
+    @cached_property
+    def _squares(self) -> Tensor:
+        """Sums of squares of the columns, (n,), float64."""
+        out = torch.empty(self.size, dtype=torch.float64, device=self.device)
+        for where, columns in self._pages(self.dtype):
+            out[where] = columns.square().sum(0)
+        return out
+
+    @cached_property
+    def working(self) -> torch.dtype:
+        """The type that products with the rows are taken in."""
+        spread = float(self._squares.sum()) / (self.count * self.damping)
+        return self.dtype if spread < SINGLE_PRECISION_RANGE else torch.float64
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        """L, (r, r), float64."""
+        return self._cholesky(self._gram())
+
+    def _gram(self, where: Tensor | None = None) -> Tensor:
+        """GGᵀ, float64, or that of the columns at `where` (n,) bool."""
+        out = torch.zeros(len(self.rows), len(self.rows), dtype=torch.float64, device=self.device)
+        for page, columns in self._pages():
+            chosen = columns if where is None else columns[:, where[page]]
+            out += chosen @ chosen.mT
+        return out
+
+    def _cholesky(self, gram: Tensor) -> Tensor:
+        gram.diagonal().add_(self.damping * self.count)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if int(failed):
+            scale = float(gram.diagonal().nan_to_num().amax()) / self.count
+            raise CurvatureError(
+                f"the Gram matrix of {len(gram)} gradient rows is not positive definite to working precision at "
+                f"damping {self.damping:.1e}; a damping of at least {max(scale, 1e-30) * 1e-10:.1e} would do"
+            )
+        return factor
+
+    def _project(self, X: Tensor) -> Tensor:
+        """G X, (r, k), float64."""
+        out = torch.zeros(len(self.rows), X.shape[1], dtype=torch.float64, device=self.device)
+        for where, columns in self._pages():
+            out += columns @ X[where].to(columns.dtype)
+        return out
+
+    def _spread(self, Y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Gᵀ Y by pages, for Y (r, k)."""
+        for where, columns in self._pages():
+            yield where, columns.mT @ Y.to(columns.dtype)
+
+    # -- the operator ------------------------------------------------------------------------------------------
+    def _matmul(self, X: Tensor) -> Tensor:
+        inner = torch.cholesky_solve(self._project(X), self._factor)
+        out = torch.empty_like(X)
+        for where, part in self._spread(inner):
+            out[where] = (X[where] - part) / self.damping
+        return out
+
+    def _solve(self, B: Tensor) -> Tensor:
+        inner = self._project(B) / self.count
+        out = torch.empty_like(B)
+        for where, part in self._spread(inner):
+            out[where] = self.damping * B[where] + part
+        return out
+
+    def diagonal(self) -> Tensor:
+        """(1 − Σ_rows V²)/γ."""
+        out = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        factor = self._factor.to(self.working)
+        for where, columns in self._pages():
+            V = torch.linalg.solve_triangular(factor, columns, upper=False)
+            out[where] = ((1 - V.square_().sum(0)) / self.damping).to(self.dtype)
+        return out
+
+    def inverse_diagonal(self) -> Tensor:
+        """γ + Σ_rows G²/m."""
+        return (self.damping + self._squares / self.count).to(self.dtype)
+
+    def blocks(self, index: Tensor) -> Tensor:
+        """(I − V_GᵀV_G)/γ."""
+        out, step = [], max(1, self._page // index.shape[1])
+        for part in index.split(step):
+            columns = self.rows[:, part.clamp_min(0).flatten().to(self.rows.device)].to(self.device, torch.float64)
+            if self.kept is not None:
+                columns = columns * self.kept[part.clamp_min(0).flatten()]
+            V = torch.linalg.solve_triangular(self._factor, columns, upper=False)
+            V = V.view(len(V), *part.shape).movedim(0, 1)  # (m, r, B)
+            eye = torch.eye(part.shape[1], dtype=V.dtype, device=V.device)
+            out.append((eye - V.mT @ V) / self.damping)
+        return padded(torch.cat(out).to(self.dtype), index)
+
+    def conditioned(self, kept: Tensor) -> DiagonalPlusLowRank:
+        """Exact: the rows without the columns of what is fixed."""
+        both = kept if self.kept is None else kept & self.kept
+        return DiagonalPlusLowRank(self.rows, self.damping, self.count, device=self.device, kept=both)
+
+    def minimise(
+        self,
+        fixed: Tensor,
+        values: Tensor,
+        linear: Tensor | None = None,
+        *,
+        start: Tensor | None = None,
+        tolerance: float = 1e-4,
+        max_iterations: int = 1000,
+    ) -> ConstrainedMinimum:
+        """In closed form, through the r × r matrix K_S = γmI + G_S G_Sᵀ of the free columns S.
+
+        x_S = −G_Sᵀ K_S⁻¹ G_C x_C, less H_SS⁻¹ c_S. Nothing cancels, whatever the damping. K_S is what is left of
+        K, or made anew, whichever takes the smaller Gram matrix.
+        """
+        target = torch.where(fixed, values.to(self.dtype), 0.0)
+        if int(fixed.count_nonzero()) < self.size // 2:
+            gram = self._factor @ self._factor.mT
+            gram.diagonal().sub_(self.damping * self.count)
+            gram -= self._gram(fixed)
+        else:
+            gram = self._gram(~fixed)
+        factor = self._cholesky(gram)
+        free = torch.zeros_like(target) if linear is None else torch.where(fixed, 0.0, linear.to(self.dtype))
+        # H_SS⁻¹ (H_SC x_C + c_S), the two terms pushed through Woodbury's identity together
+        inner = self._project((target - free / self.damping)[:, None])
+        out = torch.empty_like(target)
+        for where, part in self._spread(torch.cholesky_solve(inner, factor)):
+            out[where] = -part[:, 0] - free[where] / self.damping
+        return ConstrainedMinimum(torch.where(fixed, target, out))

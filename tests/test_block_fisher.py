@@ -1,0 +1,215 @@
+"""The base of obs, woodfisher and mfac: blocks of the damped Fisher, kept as blocks or as rows, inverted exactly."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from sparsekit import (
+    BlockFisher,
+    BlockFisherSettings,
+    Categorical,
+    CurvatureError,
+    Mask,
+    Memory,
+    Objective,
+    ParameterSpace,
+    SettingsError,
+)
+from sparsekit.curvature import averaged_rows, gradient_rows
+from sparsekit.linalg import DiagonalPlusLowRank
+
+N, P = 12, 35
+
+
+class Fisher(BlockFisher):
+    name = "blocks"
+
+
+@pytest.fixture(scope="module")
+def objective():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        inputs, targets = torch.randn(N, 4, dtype=torch.float64), torch.randint(3, (N,))
+    batches = list(zip(inputs.split(5), targets.split(5), strict=True))
+    return Objective(model, Categorical(), batches, ParameterSpace.of(model))
+
+
+def options(**given):
+    return BlockFisherSettings(**{"damping": 1e-3, "damping_scale": "absolute", "examples": N, **given})
+
+
+def estimator(objective, **given):
+    made = Fisher(objective.space, options(**given))
+    made.update(objective, generator=torch.Generator().manual_seed(0))
+    return made
+
+
+def all_rows(objective):
+    return torch.cat(list(gradient_rows(objective, "empirical")))
+
+
+def truth(rows, sizes, damping):
+    """Oracle: the second moment of the rows, cut to the blocks, damped, in float64."""
+    block = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    F = rows.mT @ rows / len(rows)
+    return F * (block[:, None] == block) + damping * torch.eye(len(F), dtype=F.dtype)
+
+
+def recursion(rows, damping):
+    """The published rank-one recursion, from I/γ."""
+    sigma, m = torch.eye(rows.shape[1], dtype=rows.dtype) / damping, len(rows)
+    for g in rows:
+        Sg = sigma @ g
+        sigma = sigma - torch.outer(Sg, Sg) / (m + g @ Sg)
+    return sigma
+
+
+PARTITIONS = [(1, False), (3, False), (7, False), (20, False), (None, False), (6, True), (13, True), (None, True)]
+
+
+@pytest.mark.parametrize("store", ["rows", "blocks"])
+@pytest.mark.parametrize(("block_size", "across"), PARTITIONS, ids=str)
+def test_sigma_is_the_inverse_of_the_damped_blocks(objective, block_size, across, store):
+    inverse = estimator(objective, block_size=block_size, across_layers=across, store=store).inverse()
+    sizes = objective.space.stretches(block_size, across_tensors=across)
+    H = truth(all_rows(objective), sizes, 1e-3)
+    assert_close(inverse.operator.dense(), torch.linalg.inv(H))
+    assert_close(inverse.precision(torch.eye(P, dtype=torch.float64)), H)
+
+
+@pytest.mark.parametrize("size", [7, 35], ids=["m > B", "m < B"])
+@pytest.mark.parametrize("store", ["rows", "blocks"])
+def test_the_rank_one_recursion_gives_the_same_matrix(objective, size, store):
+    found = estimator(objective, block_size=size, across_layers=True, store=store).inverse().operator.dense()
+    rows = all_rows(objective)
+    for start in range(0, P, size):
+        where = slice(start, start + size)
+        assert_close(found[where, where], recursion(rows[:, where], 1e-3))
+
+
+@pytest.mark.parametrize(("block_size", "rows"), [(12, False), (13, True), (20, True)], ids=str)
+def test_rows_are_kept_where_they_are_fewer_than_a_block_is_long(objective, block_size, rows):
+    made = estimator(objective, block_size=block_size)
+    assert ("rows" in made.state_dict()) == rows
+
+
+@pytest.mark.parametrize("store", ["rows", "blocks"])
+def test_joint_removal_is_constrained_least_squares(objective, store):
+    inverse = estimator(objective, block_size=None, across_layers=True, store=store).inverse()
+    H = truth(all_rows(objective), [P], 1e-3)
+    draw = torch.Generator().manual_seed(1)
+    w = torch.randn(P, generator=draw, dtype=torch.float64)
+    gone, chosen = torch.arange(P) % 5 == 0, torch.arange(P) % 3 == 1
+    chosen &= ~gone
+    w[gone] = 0
+    S = ~(gone | chosen)
+    delta = torch.where(chosen, -w, 0.0)
+    delta[S] = -torch.linalg.solve(H[S][:, S], H[S][:, chosen] @ delta[chosen])
+    removal = inverse.remove(w, Mask(~gone), chosen)
+    assert_close(removal.delta, delta)
+    assert removal.increase == pytest.approx(float(0.5 * delta @ H @ delta))
+
+
+def test_averaged_rows_estimate_the_same_matrix(objective):
+    rows = all_rows(objective)
+    means = rows.view(4, 3, P).mean(1) * 3**0.5
+    found = estimator(objective, average=3, block_size=None, across_layers=True)
+    assert_close(found.inverse().operator.dense(), torch.linalg.inv(truth(means, [P], 1e-3)))
+
+
+def test_the_batches_that_rows_come_in_do_not_matter(objective):
+    rows = all_rows(objective)
+    whole, split = list(averaged_rows([rows], 4)), list(averaged_rows(rows.split(5), 4))
+    assert_close(torch.cat(whole), torch.cat(split))
+
+
+def test_a_rest_of_rows_is_an_error(objective):
+    with pytest.raises(ValueError, match="2 are left over"):
+        list(averaged_rows([all_rows(objective)], 5))
+
+
+@pytest.mark.parametrize("store", ["rows", "blocks"])
+def test_another_damping_reuses_the_statistics(objective, store):
+    made = estimator(objective, block_size=7, store=store)
+    sizes = objective.space.stretches(7)
+    assert_close(made.inverse(0.5).operator.dense(), torch.linalg.inv(truth(all_rows(objective), sizes, 0.5)))
+
+
+@pytest.mark.parametrize("store", ["rows", "blocks"])
+def test_relative_damping_is_of_the_mean_diagonal(objective, store):
+    inverse = estimator(objective, damping=0.1, damping_scale="relative", store=store).inverse()
+    assert inverse.damping == pytest.approx(0.1 * float(all_rows(objective).square().mean(0).mean()))
+
+
+@pytest.mark.parametrize("store", ["rows", "blocks"])
+def test_the_state_survives_a_round_trip(objective, store):
+    first = estimator(objective, store=store)
+    second = Fisher(objective.space, first.settings)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.inverse().diagonal(), second.inverse().diagonal())
+
+
+@pytest.mark.parametrize("store", ["rows", "blocks"])
+def test_the_diagonal_is_conditioned_on_removed_weights(objective, store):
+    inverse = estimator(objective, block_size=20, store=store).inverse()
+    kept = torch.arange(P) % 3 != 0
+    H = truth(all_rows(objective), [20, 15], 1e-3)
+    expected = torch.zeros(P, dtype=torch.float64)
+    expected[kept] = torch.linalg.inv(H[kept][:, kept]).diagonal()
+    assert_close(inverse.diagonal(Mask(kept)), expected)
+
+
+def test_rows_may_lie_on_the_host(objective):
+    made = estimator(objective, store="rows", rows_on="host")
+    assert made.state_dict()["rows"].device.type == "cpu"
+    assert isinstance(made.inverse().operator.parts[0], DiagonalPlusLowRank)
+
+
+def test_decay_mixes_estimates(objective):
+    once = estimator(objective, decay=0.5)
+    before = once.state_dict()["blocks"].clone()
+    once.update(objective, generator=torch.Generator())
+    assert_close(once.state_dict()["blocks"], before)  # the same examples at the same weights
+
+
+def test_nothing_seen_is_an_error(objective):
+    with pytest.raises(CurvatureError, match="call update first"):
+        Fisher(objective.space, options()).inverse()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"average": 5}, "must divide examples=12"),
+        ({"fisher": "exact", "store": "rows"}, "several rows an example"),
+        ({"fisher": "exact", "average": 2}, "several rows an example"),
+        ({"decay": 0.5, "store": "rows"}, "start afresh"),
+        ({"damping": 0}, "greater than 0"),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_one_another_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        options(**given)
+
+
+def test_a_block_larger_than_memory_is_refused_with_the_size_that_fits(objective):
+    made = options(block_size=None, across_layers=True, store="blocks", batch_size=1)
+    needed = Fisher.memory(objective.space, made)
+    with pytest.raises(SettingsError, match=r"'blocks' needs .* MiB .* estimator.block_size=(\d+)") as refused:
+        Fisher.check(objective.model, objective.space, made, Memory(needed // 2, needed // 2))
+    fits = int(str(refused.value).split("block_size=")[1].split()[0])
+    assert 1 < fits < P
+    assert Fisher.memory(objective.space, made.model_copy(update={"block_size": fits})) <= needed // 2
+    assert Fisher.memory(objective.space, made.model_copy(update={"block_size": fits + 1})) > needed // 2
+
+
+def test_rows_that_fit_the_host_are_paged_rather_than_refused(objective):
+    made = options(block_size=None, across_layers=True, batch_size=1)
+    needed = Fisher.memory(objective.space, made)
+    Fisher.check(objective.model, objective.space, made, Memory(device=needed // 2, host=needed))
+    with pytest.raises(SettingsError, match=r"estimator.examples=\d"):
+        on_device = made.model_copy(update={"rows_on": "device"})
+        Fisher.check(objective.model, objective.space, on_device, Memory(needed // 2, needed))
