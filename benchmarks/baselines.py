@@ -1,0 +1,171 @@
+"""The baselines on ResNet-20: tuning of their damping, and the table of docs/results.md.
+
+    python benchmarks/baselines.py --data-dir CIFAR10 --checkpoint resnet20.th --output results
+    python benchmarks/baselines.py … --tune
+
+One process for each method and seed, so that peak memory is its own; one estimate of the curvature in it for all
+dampings, compensations and sparsities. Interrupted, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekit import Objective, ParameterSpace
+from sparsekit.interfaces import measure
+from sparsekit.provenance import peak_memory
+from sparsekit.pruner import Pruner, StepCompleted
+from sparsekit.run import load_registry
+from sparsekit.schedules import plan
+from sparsekit.settings import resolve
+
+LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
+GRID = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+HOW = ("independent", "joint")
+
+#: name -> (estimator, saliency). Rows of one example each, the same number for every method.
+EQUAL: dict[str, tuple[dict[str, Any], Any]] = {
+    "obs": ({"name": "obs", "examples": 1024}, "obs"),
+    "obs, greedy": ({"name": "obs", "examples": 1024}, {"name": "obs-greedy", "block_size": 50}),
+    "woodfisher": ({"name": "woodfisher", "examples": 1024}, "obs"),
+    "mfac": ({"name": "mfac", "examples": 1024}, "obs"),
+    "fishleg": ({"name": "fishleg", "examples": 1024}, "obs"),
+}
+#: γ as published for rows of one example.
+PUBLISHED_DAMPING = {"obs": 1e-7, "obs, greedy": 1e-8, "woodfisher": 1e-5, "mfac": 1e-5}
+#: γ by compensation, the best of GRID on the tuning half by the mean accuracy over LEVELS (--tune).
+TUNED: dict[str, dict[str, float]] = {}
+#: As published, but in one cut: preset -> the method it belongs to.
+PRESETS = {"obert": "obs", "cap": "obs, greedy", "woodfisher-resnet20": "woodfisher", "mfac": "mfac"}
+
+
+def cuts(options: argparse.Namespace, settings: dict[str, Any], dampings: dict[str, list[float]]) -> dict[str, Any]:
+    """One estimate, then every damping and compensation at every level: accuracies, seconds, peak memory."""
+    task = {"name": "cifar10", "data_dir": options.data_dir, "checkpoint": options.checkpoint}
+    run = resolve({"task": task, "schedule": "one-shot", **settings}, load_registry())
+    dataset, given = run.build("task"), run.options["estimator"]
+    model = dataset.model()
+    space = ParameterSpace.of(model)
+    estimator = run.build("estimator", space)
+    draw = torch.Generator().manual_seed(options.seed)
+    batches = list(dataset.batches("train", batch_size=given.batch_size, limit=given.examples, generator=draw))
+    started = time.perf_counter()
+    estimator.update(Objective(model, dataset.likelihood, batches, space), generator=draw)
+    seconds = {"curvature": time.perf_counter() - started}
+    limit = 2000 if options.tune else None  # enough to tell decades of damping apart
+    judged = list(dataset.batches(options.split, batch_size=500, limit=limit))
+    steps = [dataclasses.replace(s, refresh=False) for s in plan(LEVELS, run.build("schedule"), independent=True)]
+    out: dict[str, Any] = {"accuracy": {}, "increase": {}}
+    for how, values in dampings.items():
+        for gamma in values:
+            estimator.settings = given.model_copy(update={"damping": gamma, "damping_scale": "absolute"})
+            compensation = run.settings.compensation.model_copy(update={"how": how})
+            pruner = Pruner(
+                model=model,
+                space=space,
+                likelihood=dataset.likelihood,
+                estimator=estimator,
+                saliency=run.build("saliency"),
+                pattern=run.build("pattern"),
+                compensation=compensation,
+                steps=steps,
+                calibration=lambda generator: (),
+                measure=lambda network: measure(network, dataset.likelihood, judged),
+            )
+            pruner.state.dense = {}
+            try:
+                done = [event for event in pruner.run() if isinstance(event, StepCompleted)]
+            except Exception as error:
+                out["accuracy"][f"{how} {gamma:g}"] = str(error)
+                continue
+            finally:
+                model.load_state_dict(pruner._dense)
+            out["accuracy"][f"{how} {gamma:g}"] = [event.pruned["accuracy"] for event in done if event.pruned]
+            seconds[f"removal {how} {gamma:g}"] = sum(event.seconds["removal"] for event in done)
+    return out | {"seconds": seconds, "peak_memory_bytes": peak_memory(model)}
+
+
+def jobs(tune: bool) -> dict[str, tuple[dict[str, Any], dict[str, list[float]]]]:
+    """Name -> (settings of a run, dampings by compensation)."""
+    found: dict[str, tuple[dict[str, Any], dict[str, list[float]]]] = {}
+    for name, (estimator, saliency) in EQUAL.items():
+        if tune:
+            dampings = {how: list(GRID) for how in HOW}
+        else:
+            published = [PUBLISHED_DAMPING[name]] if name in PUBLISHED_DAMPING else []
+            dampings = {how: sorted({*published, TUNED[name][how]}) for how in HOW}
+        found[name] = ({"estimator": estimator, "saliency": saliency}, dampings)
+    if not tune:
+        registry = load_registry()
+        for preset in PRESETS:
+            settings = registry.get("preset", preset).settings
+            gamma = settings["estimator"]["damping"]
+            kept = {key: settings[key] for key in ("estimator", "saliency") if key in settings}
+            found[preset] = (kept, {how: [gamma] for how in HOW})
+    return found
+
+
+def main() -> None:
+    """Do what is not yet on disk, each job in a process of its own, then print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--output", default="results", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tune", action="store_true", help="every damping of the grid on the tuning half, one seed")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.split = "tuning" if options.tune else "reporting"
+    every = jobs(options.tune)
+    if options.job:
+        settings, dampings = every[options.job]
+        print(json.dumps(cuts(options, settings, dampings)))
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in every:
+        for seed in range(1 if options.tune else options.seeds):
+            path = options.output / f"baselines-{options.split}-{name.replace(', ', '-')}-{seed}.json"
+            if not path.exists():
+                print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
+                command = [sys.executable, __file__, *sys.argv[1:], "--job", name, "--seed", str(seed)]
+                result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                partial = path.with_suffix(".partial")
+                partial.write_text(result.stdout)
+                partial.replace(path)
+            found.setdefault(name, []).append(json.loads(path.read_text()))
+    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, {options.split} half\n")
+    print(f"| | γ | {' | '.join(f'{100 * s:g} %' for s in LEVELS)} | curvature s | removal s | peak MiB |")
+    print("|---|---|" + "---|" * (len(LEVELS) + 3))
+    for name, runs in found.items():
+        for key in runs[0]["accuracy"]:
+            how, gamma = key.split()
+            if any(isinstance(run["accuracy"][key], str) for run in runs):
+                print(f"| {name}, {how} | {gamma} | {runs[0]['accuracy'][key]} |")
+                continue
+            cells = [spread([100 * run["accuracy"][key][level] for run in runs]) for level in range(len(LEVELS))]
+            took = [statistics.mean(run["seconds"][what] for run in runs) for what in ("curvature", f"removal {key}")]
+            peak = max(run["peak_memory_bytes"] for run in runs) / 2**20
+            print(f"| {name}, {how} | {gamma} | {' | '.join(cells)} | {took[0]:.0f} | {took[1]:.0f} | {peak:.0f} |")
+
+
+def spread(values: list[float]) -> str:
+    """The mean, and the range over seeds."""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f}–{max(values):.1f})"
+
+
+if __name__ == "__main__":
+    main()
