@@ -24,22 +24,29 @@ class Identity(CurvatureEstimator):
 
     name: ClassVar[str] = "identity"
 
+    def __init__(self, space: ParameterSpace, settings: EstimatorSettings) -> None:
+        super().__init__(space, settings)
+        self._like: Tensor | None = None
+
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
         """Nothing to learn; only the device and type of number are taken note of."""
         self._like = torch.empty(0, dtype=objective.dtype, device=objective.device)
         return {}
 
     def inverse(self, damping: float | None = None) -> InverseFisher:
-        """Σ = I; damping would only scale it."""
-        return InverseFisher(Diagonal(self._like.new_ones(self.space.size)), 0.0)
+        """Σ = I / (1 + γ)."""
+        if self._like is None:
+            raise CurvatureError("the estimator has seen no examples; call update first")
+        gamma = self.resolve_damping(damping, 1.0)
+        return InverseFisher(Diagonal(self._like.new_full((self.space.size,), 1 / (1 + gamma))), gamma)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """One empty tensor that knows device and type."""
-        return {"like": self._like}
+        """One empty tensor that knows device and type, once there is one."""
+        return {} if self._like is None else {"like": self._like}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
-        self._like = state["like"]
+        self._like = state.get("like")
 
     @classmethod
     def memory(cls, space: ParameterSpace, settings: Any) -> int:

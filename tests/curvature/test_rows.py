@@ -8,6 +8,7 @@ from sparsekit.errors import CurvatureError
 from sparsekit.likelihoods import Bernoulli, Categorical, Gaussian
 from sparsekit.objective import Objective
 from sparsekit.parameters import ParameterSpace
+from sparsekit.testing import dense_fisher
 
 
 def made(build, seed=0):
@@ -96,27 +97,6 @@ def objective(name, likelihood=None, split=3, count=7, include=("*",)):
     return Objective(model, likelihood, list(zip(inputs.split(split), targets.split(split), strict=True)), space)
 
 
-def jacobian_fisher(objective):
-    """Oracle: (1/N) Σ JᵀΛJ, one example at a time, Λ as the Hessian of the loss in the outputs."""
-    model, space = objective.model.eval(), objective.space
-    named = {k: v.detach() for k, v in model.named_parameters()}
-    total = torch.zeros(space.size, space.size, dtype=torch.float64)
-    count = 0
-    for inputs, targets in objective.batches:
-        for x, y in zip(inputs, targets, strict=True):
-
-            def forward(values, x=x):
-                return torch.func.functional_call(model, {**named, **values}, (x[None],)).flatten()
-
-            values = {k: named[k] for k in space.names}
-            jacobian = torch.func.jacrev(forward)(values)
-            J = torch.cat([jacobian[k].flatten(1) for k in space.names], dim=1)
-            hessian = torch.func.hessian(lambda f, y=y: objective.likelihood.losses(f[None], y[None]).sum())
-            total += J.T @ hessian(forward(values)) @ J
-            count += 1
-    return total / count
-
-
 def second_moment(objective, **kwargs):
     return sum(rows.mT @ rows for rows in gradient_rows(objective, **kwargs)) / objective.count()
 
@@ -124,13 +104,19 @@ def second_moment(objective, **kwargs):
 @pytest.mark.parametrize("name", MODELS)
 def test_exact_rows_give_the_gauss_newton_matrix(name):
     problem = objective(name)
-    assert_close(second_moment(problem, fisher="exact"), jacobian_fisher(problem))
+    assert_close(second_moment(problem, fisher="exact"), dense_fisher(problem, "exact"))
 
 
 @pytest.mark.parametrize("likelihood", [Bernoulli(), Gaussian(0.7), Gaussian(0.5, "sum")], ids=lambda x: x.name)
 def test_exact_rows_for_other_likelihoods(likelihood):
     problem = objective("mlp", likelihood)
-    assert_close(second_moment(problem, fisher="exact"), jacobian_fisher(problem))
+    assert_close(second_moment(problem, fisher="exact"), dense_fisher(problem, "exact"))
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Gaussian(0.7)], ids=lambda x: x.name)
+def test_empirical_rows_give_the_empirical_fisher(likelihood):
+    problem = objective("mlp", likelihood)
+    assert_close(second_moment(problem, fisher="empirical"), dense_fisher(problem, "empirical"))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -143,7 +129,7 @@ def test_empirical_rows_average_to_the_gradient(name):
 @pytest.mark.parametrize("fisher", ["importance", "sampled"])
 def test_drawn_rows_have_the_gauss_newton_matrix_as_their_mean(fisher, generator):
     problem = objective("no bias", count=2, split=2)
-    truth = jacobian_fisher(problem)
+    truth = dense_fisher(problem, "exact")
     mean = sum(second_moment(problem, fisher=fisher, generator=generator) for _ in range(3000)) / 3000
     assert (mean - truth).norm() < 0.05 * truth.norm()  # 1/√3000 ≈ 0.02 is one standard error
 
@@ -152,7 +138,7 @@ def test_importance_draws_scatter_less_than_sampled_labels(generator):
     problem = objective("no bias", count=2, split=2)
     with torch.no_grad():
         problem.model.weight *= 10  # a network that is sure of its answers
-    truth = jacobian_fisher(problem)
+    truth = dense_fisher(problem, "exact")
 
     def scatter(fisher):
         draws = [second_moment(problem, fisher=fisher, generator=generator) - truth for _ in range(500)]
@@ -192,4 +178,4 @@ def test_gradients_that_are_not_finite_are_refused(generator):
 def test_gauss_newton_products(name):
     problem = objective(name)
     V = torch.randn(problem.space.size, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    assert_close(GaussNewton(problem) @ V, jacobian_fisher(problem) @ V)
+    assert_close(GaussNewton(problem) @ V, dense_fisher(problem, "exact") @ V)

@@ -1,0 +1,127 @@
+"""What a check is given, and how it compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from sparsekit.curvature.rows import FisherKind
+from sparsekit.interfaces import CurvatureEstimator
+from sparsekit.objective import Objective
+from sparsekit.parameters import Mask
+from sparsekit.removal import InverseFisher
+from sparsekit.testing.problems import problem
+
+#: The objective and the estimator's settings -> the precision H = F + γI, (n, n), that Σ must be the inverse of.
+Expected = Callable[[Objective, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One estimator with one set of settings on one problem.
+
+    Attributes:
+        estimator: the class.
+        problem: a name of PROBLEMS.
+        settings: of the estimator, where they differ from its defaults.
+        expected: the dense H that an exact estimator must reproduce; None for an approximation.
+        tolerance: of products, relative to the largest entry; rounding in float64 by default.
+        solve_tolerance: of joint removal, whose conjugate gradients stop early: ‖δ − δ*‖_H / ‖δ*‖_H.
+    """
+
+    estimator: type[CurvatureEstimator]
+    problem: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    expected: Expected | None = None
+    tolerance: float = 1e-7
+    solve_tolerance: float = 1e-2
+
+    def objective(self) -> Objective:
+        """The problem, anew."""
+        return problem(self.problem)
+
+    def made(self, objective: Objective, **changes: Any) -> CurvatureEstimator:
+        """The estimator as it is before any update; `changes` are settings."""
+        return self.estimator(objective.space, self.estimator.Settings(**{**self.settings, **changes}))
+
+    def updated(self, objective: Objective, *, seed: int = 0, **changes: Any) -> CurvatureEstimator:
+        """The estimator after one update."""
+        estimator = self.made(objective, **changes)
+        estimator.update(objective, generator=torch.Generator().manual_seed(seed))
+        return estimator
+
+    def inverse(self, **changes: Any) -> InverseFisher:
+        """Σ after one update on the problem."""
+        return self.updated(self.objective(), **changes).inverse()
+
+    def deterministic_kinds(self) -> tuple[FisherKind, ...]:
+        """The kinds of Fisher without a draw, as far as the estimator's settings allow them."""
+        kinds: tuple[FisherKind, ...] = ("exact", "empirical")
+        return tuple(kind for kind in kinds if self._allows(fisher=kind))
+
+    def _allows(self, **changes: Any) -> bool:
+        try:
+            self.estimator.Settings(**{**self.settings, **changes})
+        except ValidationError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Weights (n,), zero where removed before; the mask before the cut; and what is removed now, (n,) bool."""
+
+    name: str
+    weights: Tensor
+    mask: Mask
+    chosen: Tensor
+
+
+def cuts(objective: Objective) -> Iterator[Cut]:
+    """A first small cut, a second past half of the weights, and one that leaves nothing."""
+    weights = objective.space.read(objective.model)
+    order = torch.rand(len(weights), generator=torch.Generator().manual_seed(1))
+    for name, before, after in (("first", 0.0, 0.2), ("second", 0.3, 0.7), ("last", 0.3, 1.0)):
+        removed = order < before
+        chosen = (order < after) & ~removed
+        yield Cut(f"the {name} cut", torch.where(removed, 0.0, weights), Mask(~removed), chosen)
+
+
+def dense(inverse: InverseFisher) -> Tensor:
+    """Σ, (n, n), by its products with the unit vectors."""
+    return inverse @ torch.eye(inverse.size, dtype=torch.float64, device=inverse.operator.device)
+
+
+def assert_near(what: str, found: Tensor, truth: Tensor, tolerance: float) -> None:
+    """Fail unless max |found − truth| ≤ tolerance · max |truth|, saying where and by how much."""
+    if found.shape != truth.shape:
+        raise AssertionError(f"{what}: the shape is {tuple(found.shape)} where {tuple(truth.shape)} is right")
+    error = (found.double() - truth.double()).abs()
+    scale = float(truth.abs().max())
+    if not float(error.max()) <= tolerance * scale:
+        worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+        raise AssertionError(
+            f"{what}: {float(found[worst]):.6g} at {worst} where {float(truth[worst]):.6g} is right, off by "
+            f"{float(error.max()) / max(scale, 1e-300):.1e} of the largest entry; {tolerance:.0e} is allowed"
+        )
+
+
+def assert_identical(what: str, found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
+    """Fail unless both hold the same names and bitwise the same tensors."""
+    if found.keys() != truth.keys():
+        odd = sorted(found.keys() ^ truth.keys())
+        raise AssertionError(f"{what}: {', '.join(odd)} on one side only")
+    for name, tensor in truth.items():
+        if not torch.equal(found[name], tensor):
+            raise AssertionError(f"{what}: {name} differs{_by_how_much(found[name], tensor)}")
+
+
+def _by_how_much(found: Tensor, truth: Tensor) -> str:
+    if found.shape != truth.shape:
+        return f" in shape, {tuple(found.shape)} from {tuple(truth.shape)}"
+    return f" by up to {float((found.double() - truth.double()).abs().max()):.1e}"
