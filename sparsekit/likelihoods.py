@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsekit.errors import SettingsError
+from sparsekit.errors import DataError, SettingsError
 
 Reduction = Literal["mean", "sum"]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -47,6 +47,25 @@ class Likelihood(ABC):
         For positions that are independent given the output, cross terms between positions have mean zero
         only; so a column covers one position at a time where there are several.
         """
+
+    def drawn_root(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """A random v of each example, shaped like `output`, with E[v vᵀ] = Λ: one backward pass for all columns.
+
+        The columns of Λ^{1/2} with random signs; a likelihood whose curvature is known by position does better.
+        """
+        total = torch.zeros_like(output)
+        for column in self.root_columns(output):
+            signs = _signs((len(output),), generator, output)
+            total = total + column * signs.view(-1, *([1] * (output.dim() - 1)))
+        return total
+
+    def curvature(self, output: Tensor, tangent: Tensor) -> Tensor:
+        """Λ_n tangent_n for each example, shaped like `output`."""
+        image = torch.zeros_like(tangent)
+        for column in self.root_columns(output):
+            inner = (column * tangent).flatten(1).sum(1)
+            image = image + column * inner.view(-1, *([1] * (tangent.dim() - 1)))
+        return image
 
     def losses(self, output: Tensor, target: Tensor) -> Tensor:
         """The loss of each example, (N,): −log p summed or averaged over positions."""
@@ -99,6 +118,31 @@ class Categorical(Likelihood):
             column = probabilities[:, c : c + 1].sqrt() * (probabilities - unit)
             yield from _one_position_at_a_time(column, positions)
 
+    def drawn_root(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """At every position one column, drawn by its squared length and divided by the root of its probability.
+
+        v has the length √tr Λ there, whatever is drawn. Where a network is sure of its answer, almost every
+        sampled label gives a vanishing gradient and a rare one a huge one; this draw has no such noise. Signs are
+        random where there are several positions, so that the parts between them have mean zero.
+        """
+        p = output.detach().softmax(1).movedim(1, -1)  # (N, …, C)
+        squares = p.double() * (p.square().sum(-1, keepdim=True) - 2 * p + 1)
+        total = squares.sum(-1, keepdim=True)
+        uniform = torch.rand(total.shape, generator=generator, device=generator.device, dtype=torch.float64)
+        drawn = (squares.cumsum(-1) < uniform.to(total.device) * total).sum(-1, keepdim=True)
+        drawn = drawn.clamp_max(p.shape[-1] - 1)
+        chance = squares.gather(-1, drawn)
+        weight = torch.where(chance > 0, p.gather(-1, drawn) * total / chance.clamp_min(1e-300), 0.0).sqrt()
+        if self.positions(output) > 1:
+            weight = weight * _signs(weight.shape, generator, weight)
+        v = weight.to(p.dtype) * p
+        return v.scatter_add(-1, drawn, -weight.to(p.dtype)).movedim(-1, 1)
+
+    def curvature(self, output: Tensor, tangent: Tensor) -> Tensor:
+        """(diag(p) − p pᵀ) tangent at every position."""
+        p = output.detach().softmax(1)
+        return p * (tangent - (p * tangent).sum(1, keepdim=True))
+
     def positions(self, output: Tensor) -> int:
         return output[0, 0].numel()
 
@@ -115,6 +159,7 @@ class Bernoulli(Likelihood):
     name = "bernoulli"
 
     def elementwise(self, output: Tensor, target: Tensor) -> Tensor:
+        _same_shape(self.name, output, target)
         values = F.binary_cross_entropy_with_logits(output, target.to(output.dtype), reduction="none")
         return values.reshape(len(output), -1)
 
@@ -124,8 +169,20 @@ class Bernoulli(Likelihood):
 
     def root_columns(self, output: Tensor) -> Iterator[Tensor]:
         """√(p(1−p)) e_t for unit t."""
+        yield from _one_unit_at_a_time(self._variance(output).sqrt())
+
+    def drawn_root(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """√(p(1−p)) at every unit, with random signs."""
+        return self._variance(output).sqrt() * _signs(output.shape, generator, output)
+
+    def curvature(self, output: Tensor, tangent: Tensor) -> Tensor:
+        """p(1−p) tangent at every unit."""
+        return self._variance(output) * tangent
+
+    @staticmethod
+    def _variance(output: Tensor) -> Tensor:
         p = output.detach().sigmoid()
-        yield from _one_unit_at_a_time((p * (1 - p)).sqrt())
+        return p * (1 - p)
 
     def positions(self, output: Tensor) -> int:
         return output[0].numel()
@@ -147,6 +204,7 @@ class Gaussian(Likelihood):
     name = "gaussian"
 
     def elementwise(self, output: Tensor, target: Tensor) -> Tensor:
+        _same_shape(self.name, output, target)
         return ((output - target).square() / (2 * self.variance)).reshape(len(output), -1)
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
@@ -156,6 +214,14 @@ class Gaussian(Likelihood):
     def root_columns(self, output: Tensor) -> Iterator[Tensor]:
         """e_t / √variance for unit t."""
         yield from _one_unit_at_a_time(torch.full_like(output.detach(), self.variance**-0.5))
+
+    def drawn_root(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """1/√variance at every unit, with random signs."""
+        return self.variance**-0.5 * _signs(output.shape, generator, output)
+
+    def curvature(self, output: Tensor, tangent: Tensor) -> Tensor:
+        """Tangent / variance."""
+        return tangent / self.variance
 
     def positions(self, output: Tensor) -> int:
         return output[0].numel()
@@ -194,6 +260,20 @@ class Unspecified(Likelihood):
         )
 
 
+def _signs(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    """Random ±1 of a shape, of the type and on the device of `like`."""
+    drawn = torch.randint(2, shape, generator=generator, device=generator.device)
+    return (2 * drawn - 1).to(like.device, like.dtype)
+
+
+def _same_shape(name: str, output: Tensor, target: Tensor) -> None:
+    if output.shape != target.shape:
+        raise DataError(
+            f"the {name} loss compares outputs and targets of one shape; the model gives {tuple(output.shape)}, the "
+            f"data {tuple(target.shape)}: reshape one of them"
+        )
+
+
 def _one_position_at_a_time(column: Tensor, positions: int) -> Iterator[Tensor]:
     if positions == 1:
         yield column
@@ -224,7 +304,7 @@ def as_likelihood(loss: str | Loss | Likelihood) -> Likelihood:
     """A likelihood from its name, from torch's loss modules and functions, or from any loss.
 
     Torch's cross-entropy, binary cross-entropy with logits and mean squared error are recognised when they
-    are used plainly (mean or sum, no class weights, no label smoothing); any other callable becomes
+    are used plainly (mean, no class weights, no label smoothing, no index ignored); any other callable becomes
     `Unspecified`.
     """
     if isinstance(loss, Likelihood):

@@ -45,11 +45,6 @@ class GaussNewton:
         return (total / some(count)).view_as(V)
 
     def _output_curvature(self, output: Tensor, tangent: Tensor) -> Tensor:
-        """Λ_n tangent_n for each example: the loss's Hessian in the outputs, by the likelihood's columns."""
+        """The Hessian of each example's loss in the outputs, times its tangent."""
         likelihood = self.objective.likelihood
-        scale = likelihood.score_scale(likelihood.positions(output)) ** 2
-        image = torch.zeros_like(tangent)
-        for column in likelihood.root_columns(output):
-            inner = (column * tangent).flatten(1).sum(1)
-            image = image + column * inner.view(-1, *([1] * (tangent.dim() - 1)))
-        return scale * image
+        return likelihood.score_scale(likelihood.positions(output)) ** 2 * likelihood.curvature(output, tangent)

@@ -32,8 +32,9 @@ def gradient_rows(
 
     Args:
         objective: the model is left as it was found.
-        fisher: one column of Λ^{1/2} for each example, drawn by its length (`importance`); a label drawn from the
-            model (`sampled`); every column (`exact`, the Gauss-Newton matrix); the data's own label (`empirical`).
+        fisher: a random vector with the output curvature Λ as its second moment, for classes a column of Λ^{1/2}
+            drawn by its length (`importance`); a label drawn from the model (`sampled`); every column (`exact`, the
+            Gauss-Newton matrix); the data's own label (`empirical`).
             All but the last estimate the same matrix.
         generator: for what is drawn.
 
@@ -85,8 +86,9 @@ def _output_vectors(
     """What is propagated back: vectors v, shaped like `output`, with E Σ v vᵀ = Λ (or its empirical stand-in)."""
     if fisher in ("importance", "exact"):
         scale = likelihood.score_scale(likelihood.positions(output))
-        columns = [column * scale for column in likelihood.root_columns(output)]
-        return columns if fisher == "exact" else [_drawn_column(columns, _needed(generator))]
+        if fisher == "exact":
+            return [column * scale for column in likelihood.root_columns(output)]
+        return [likelihood.drawn_root(output, _needed(generator)) * scale]
     if fisher == "sampled":
         targets = likelihood.sample(output.detach(), _needed(generator))
     leaf = output.detach().requires_grad_(True)
@@ -99,24 +101,6 @@ def _needed(generator: torch.Generator | None) -> torch.Generator:
     if generator is None:
         raise ValueError("what is drawn at random needs a generator")
     return generator
-
-
-def _drawn_column(columns: list[Tensor], generator: torch.Generator) -> Tensor:
-    """One column of Λ^{1/2} an example, drawn by its squared length and divided by the root of its probability.
-
-    E[v vᵀ] = Λ as for a sampled label, and v has the same length √tr Λ whatever is drawn. Where a network is sure
-    of its answer, almost every sampled label gives a vanishing gradient and a rare one a huge one; this draw has
-    no such noise, for the same single backward pass.
-    """
-    stacked = torch.stack([column.flatten(1) for column in columns])  # (K, N, ·)
-    squares = stacked.square().sum(-1).double()  # (K, N)
-    total = squares.sum(0)
-    uniform = torch.rand(len(total), generator=generator, device=generator.device, dtype=torch.float64)
-    index = (squares.cumsum(0) < uniform.to(total.device) * total).sum(0).clamp_max(len(columns) - 1)
-    every = torch.arange(len(total), device=total.device)
-    weight = (total / squares[index, every].clamp_min(1e-300)).sqrt()
-    weight = torch.where(squares[index, every] > 0, weight, 0.0).to(stacked.dtype)
-    return (stacked[index, every] * weight[:, None]).view_as(columns[0])
 
 
 # -- layers whose gradients follow from inputs and output gradients ------------------------------------------
