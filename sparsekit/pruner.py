@@ -6,8 +6,11 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,13 +125,15 @@ class Pruner:
     finetune_settings: FinetuneSettings = field(default_factory=FinetuneSettings)
     training: Callable[[torch.Generator], Iterable[Batch]] | None = None
     training_batches: int = 0
-    progress: Callable[[str, int, int], None] | None = None
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None
     state: PrunerState = field(default_factory=PrunerState)
 
     def __post_init__(self) -> None:
         # What a restart goes back to. A pruner is made with the dense model, so a resumed one knows it too.
         restarts = any(step.restart for step in self.steps)
         self._dense = {name: t.clone() for name, t in self.model.state_dict().items()} if restarts else {}
+        self._phase = "curvature"
+        self._untaught = deepcopy(self.estimator) if restarts else self.estimator
 
     def restore(self, weights: Mapping[str, Tensor], estimator: Mapping[str, Tensor], state: PrunerState) -> None:
         """Go on from a checkpoint: the model's and the estimator's state after `state.next_step` steps."""
@@ -155,11 +160,13 @@ class Pruner:
         if step.restart:
             self.model.load_state_dict(self._dense)
             state.mask = Mask.full(self.space.size, device)
+            if step.refresh:  # nothing of what was learned at another level's weights stays
+                self.estimator = deepcopy(self._untaught)
             self.estimator.shrink(state.mask)
 
-        yield PhaseStarted("curvature", step)
+        yield self._started("curvature", step)
         calibration = self.calibration(self._generator("calibration", self._refresh_index(step)))
-        objective = Objective(self.model, self.likelihood, calibration, self.space)
+        objective = Objective(self.model, self.likelihood, self._watched(calibration), self.space)
         curvature: Metrics = {}
         if step.refresh:
             generator = self._generator("labels", step.index, device)
@@ -167,7 +174,7 @@ class Pruner:
         inverse = self.estimator.inverse()
         clock.lap("curvature")
 
-        yield PhaseStarted("removal", step)
+        yield self._started("removal", step)
         weights, mask = self.space.read(self.model), state.mask
         units = self.pattern.units(self.space)
         context = _Context(weights, mask, inverse, objective, units, self._generator("saliency", step.index, device))
@@ -187,12 +194,12 @@ class Pruner:
         clock.lap("removal")
         after = objective.loss() if calibration else float("nan")
 
-        yield PhaseStarted("measure", step)
+        yield self._started("measure", step)
         pruned = self.measure(self.model) if step.completes_level or step.finetune else None
         clock.lap("measure")
         finetuned = None
         if step.finetune and self.training is not None:
-            yield PhaseStarted("finetune", step)
+            yield self._started("finetune", step)
             self._finetune(step)
             clock.lap("finetune")
             finetuned = self.measure(self.model)
@@ -214,21 +221,29 @@ class Pruner:
             seconds=clock.seconds,
         )
 
+    def _started(self, phase: str, step: Step) -> PhaseStarted:
+        self._phase = phase
+        return PhaseStarted(phase, step)
+
     def _finetune(self, step: Step) -> None:
         training, mask = self.training, self.state.mask
         assert training is not None and mask is not None
         generator = self._generator("finetune", step.index)
-        report = None if self.progress is None else (lambda done, of: self.progress("finetune", done, of))  # type: ignore[misc]
-        finetune(
-            self.model,
-            self.likelihood,
-            lambda: training(generator),
-            self.space,
-            mask,
-            self.finetune_settings,
-            batches_per_epoch=self.training_batches,
-            progress=report,
-        )
+        with _seeded(self._generator("dropout", step.index).initial_seed(), mask.kept.device):
+            finetune(
+                self.model,
+                self.likelihood,
+                lambda: training(generator),
+                self.space,
+                mask,
+                self.finetune_settings,
+                batches_per_epoch=self.training_batches,
+                progress=lambda done, total: self.progress("finetune", done, total),
+            )
+
+    def _watched(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The batches, reporting how far a pass over them is."""
+        return _Watched(batches, lambda done: self.progress(self._phase, done, len(batches)))
 
     def _refresh_index(self, step: Step) -> int:
         """The step whose calibration examples are in use: the last one that refreshed."""
@@ -240,6 +255,33 @@ class Pruner:
         generator = torch.Generator(device or torch.device("cpu"))
         generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         return generator
+
+
+class _Watched(Sequence[Batch]):
+    """A sequence that tells how far an iteration over it is."""
+
+    def __init__(self, batches: Sequence[Batch], tell: Callable[[int], None]) -> None:
+        self._batches, self._tell = batches, tell
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        part = self._batches[index]
+        return _Watched(part, self._tell) if isinstance(index, slice) else part
+
+    def __iter__(self) -> Iterator[Batch]:
+        for done, batch in enumerate(self._batches):
+            self._tell(done)
+            yield batch
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Layers such as dropout draw from torch's global generators: seeded here, and put back as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class _Context(ScoreContext):

@@ -83,10 +83,11 @@ def preview(resolved: ResolvedRun) -> Preview:
         pattern.count(space, sparsity)
     estimator, options = resolved.classes["estimator"], resolved.options["estimator"]
     estimator.check(network, space, options, available_memory(device))
-    return Preview(space, _plan(resolved), estimator.memory(space, options), resolved.as_dict(), str(device))
+    return Preview(space, planned(resolved), estimator.memory(space, options), resolved.as_dict(), str(device))
 
 
-def _plan(resolved: ResolvedRun) -> list[Step]:
+def planned(resolved: ResolvedRun) -> list[Step]:
+    """The steps of a run."""
     settings = resolved.settings
     return plan(
         resolved.sparsity,
@@ -122,7 +123,7 @@ def execute(
     resume: bool = False,
     fresh: bool = False,
     listener: Listener = lambda event: None,
-    progress: Progress | None = None,
+    progress: Progress = lambda phase, done, total: None,
 ) -> Outcome:
     """Do a run, or the rest of it.
 
@@ -143,8 +144,7 @@ def execute(
             f"the estimator '{estimator.name}' needs {needed} calibration examples, the task '{task.name}' has "
             f"{available}; set estimator.examples={available} or less"
         )
-    if progress is not None:
-        progress("prepare", 0, 1)
+    progress("prepare", 0, 1)
     started = time.perf_counter()
     model = task.model().to(device)
     prepared = time.perf_counter() - started
@@ -152,11 +152,9 @@ def execute(
     directory = RunDirectory(Path(settings.output), task.name, estimator.name, run_key(identity))
     uri = resolve_uri(settings.tracking.uri, Path(settings.output)) if settings.tracking.enabled else None
     with directory.lock():
-        if fresh:
-            directory.discard()
-        found = directory.read()
+        found = None if fresh else directory.read()
         if found is not None and found.status == "finished":
-            return Outcome(found, directory.path, True, uri)
+            return Outcome(found, directory.path, True, _tracked_at(found))
         if found is not None and not resume:
             raise RecordError(
                 f"an unfinished run with these settings is in {directory.path}; "
@@ -164,6 +162,8 @@ def execute(
             )
         if uri is not None:
             initialise(uri, settings.tracking.experiment)  # an address that cannot work is said now, not later
+        if fresh:
+            directory.discard()
         record = RunRecord(
             key=run_key(identity),
             task=task.name,
@@ -187,6 +187,12 @@ def execute(
     return Outcome(finished, directory.path, False, uri)
 
 
+def _tracked_at(record: RunRecord) -> str | None:
+    """Where a finished run was tracked."""
+    tracking = record.settings["tracking"]
+    return resolve_uri(tracking["uri"], Path(record.settings["output"])) if tracking["enabled"] else None
+
+
 class _Driver:
     """Drives one pruner and keeps record, checkpoint and tracking in step with it."""
 
@@ -204,10 +210,10 @@ class _Driver:
         self.resolved, self.task, self.space = resolved, task, space
         self.directory, self.record, self.uri = directory, record, uri
         self.model, self.estimator = model, estimator
-        self.plan = _plan(resolved)
+        self.plan = planned(resolved)
         self.tracked: str | None = None  # MLflow's run, so that a resumed run goes on in it
 
-    def run(self, resume: bool, listener: Listener, progress: Progress | None) -> RunRecord:
+    def run(self, resume: bool, listener: Listener, progress: Progress) -> RunRecord:
         pruner = self._pruner(progress)
         if resume:
             self._restore(pruner)
@@ -217,7 +223,7 @@ class _Driver:
         self.directory.write(self.record)
         tracker = self._start_tracking()
         begun = time.perf_counter()
-        earlier = self.record.seconds.get("total", 0.0)
+        earlier = self.record.seconds.get("total", self.record.seconds["prepare"])
         try:
             for event in pruner.run():
                 listener(event)
@@ -236,7 +242,7 @@ class _Driver:
             raise
         return self.record
 
-    def _pruner(self, progress: Progress | None) -> Pruner:
+    def _pruner(self, progress: Progress) -> Pruner:
         resolved, task = self.resolved, self.task
         options: Any = resolved.options["estimator"]
 
@@ -274,7 +280,7 @@ class _Driver:
         state = pruner.state
         assert state.mask is not None
         tensors: dict[str, Tensor] = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"estimator.{k}": v for k, v in self.estimator.state_dict().items()}
+        tensors |= {f"estimator.{k}": v for k, v in pruner.estimator.state_dict().items()}
         tensors["mask"] = state.mask.kept
         self.directory.save_checkpoint(
             state.next_step,

@@ -91,26 +91,28 @@ def plan(
         substeps: cuts within a step, the kept fraction falling by the same factor at each, with the curvature
             refreshed before each and no fine-tuning between them.
         finetune: see above.
-        independent: each level starts from the dense weights and all share the first level's curvature as
-            long as the weights it was taken at are the same; otherwise levels are passed in order on one path.
+        independent: each level starts from the dense weights; where a level is one cut, all share the curvature
+            that was taken there. Otherwise levels are passed in order on one path.
     """
     within = Exponential(None)
     out: list[Step] = []
+    at_dense = False  # whether the last refresh was at the dense weights
     for level, target in enumerate(levels):
         begin = 0.0 if independent or level == 0 else levels[level - 1]
         previous = begin
         for step, stop in enumerate(waypoints := list(schedule.sparsities(begin, target, steps))):
             parts = within.sparsities(previous, stop, substeps)
             for part, sparsity in enumerate(parts):
-                first_of_level = step == 0 and part == 0
+                restart = independent and step == 0 and part == 0
+                refresh = not (restart and at_dense)
+                at_dense = restart or (at_dense and not refresh)
                 last_of_step = part == len(parts) - 1
                 out.append(
                     Step(
                         index=len(out),
                         sparsity=sparsity,
-                        restart=independent and first_of_level,
-                        # at the dense weights the statistics of the first level still hold
-                        refresh=not (independent and first_of_level and level > 0),
+                        restart=restart,
+                        refresh=refresh,
                         finetune=finetune and last_of_step,
                         level=level,
                         completes_level=last_of_step and step == len(waypoints) - 1,

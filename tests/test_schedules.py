@@ -49,4 +49,4 @@ def test_substeps_refresh_before_each_cut_and_finetune_after_the_last():
 
 def test_independent_levels_with_substeps_refresh_where_the_weights_have_moved():
     steps = plan([0.5, 0.9], OneShot(Settings()), substeps=2, independent=True)
-    assert [s.refresh for s in steps] == [True, True, False, True]
+    assert [s.refresh for s in steps] == [True, True, True, True]

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from sparsekit.pruner import Event, PhaseStarted, StepCompleted
-from sparsekit.run import Outcome, Preview
+from sparsekit.run import Outcome, Preview, planned
 from sparsekit.settings import ResolvedRun
 from sparsekit.tracking import ui_command
 
@@ -34,7 +34,7 @@ class ProgressDisplay:
             transient=True,
         )
         name, task = resolved.classes["estimator"].name, resolved.classes["task"].name
-        self._steps: TaskID = self._bars.add_task(f"{name} on {task}", total=None, note="")
+        self._steps: TaskID = self._bars.add_task(f"{name} on {task}", total=len(planned(resolved)), note="")
         self._phase: TaskID = self._bars.add_task("prepare", total=None, note="")
 
     def __enter__(self) -> Self:

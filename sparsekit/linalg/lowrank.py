@@ -93,7 +93,7 @@ class DiagonalPlusLowRank(LinearOperator):
             scale = float(gram.diagonal().nan_to_num().amax()) / self.count
             raise CurvatureError(
                 f"the Gram matrix of {len(gram)} gradient rows is not positive definite to working precision at "
-                f"damping {self.damping:.1e}; a damping of at least {max(scale, 1e-30) * 1e-10:.1e} would do"
+                f"damping {self.damping:.1e}; an absolute damping of at least {max(scale, 1e-30) * 1e-10:.1e} would do"
             )
         return factor
 

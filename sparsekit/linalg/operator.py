@@ -200,10 +200,6 @@ class LinearOperator(ABC):
 
 def padded(blocks: Tensor, index: Tensor) -> Tensor:
     """Blocks (m, B, B) with the identity's rows and columns where index (m, B) is −1."""
-    return identity_where(index < 0, blocks)
-
-
-def identity_where(where: Tensor, blocks: Tensor) -> Tensor:
-    """Blocks (m, B, B) with the rows and columns at `where` (m, B) replaced by the identity's."""
-    clean = blocks.masked_fill(where[:, :, None] | where[:, None, :], 0.0)
-    return clean + torch.diag_embed(where.to(blocks.dtype))
+    surplus = index < 0
+    clean = blocks.masked_fill(surplus[:, :, None] | surplus[:, None, :], 0.0)
+    return clean + torch.diag_embed(surplus.to(blocks.dtype))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsekit.errors import CurvatureError
 from sparsekit.linalg.iterative import conjugate_gradients
-from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, identity_where, padded
+from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, padded
 
 #: Smallest pivot, relative to the largest, below which a Cholesky factor is not trusted.
 RELATIVE_PIVOT = 1e-12
@@ -75,7 +75,7 @@ class BlockDiagonal(LinearOperator):
         width = precision.shape[1]
         self._sizes = list(sizes)
         self._inside = torch.arange(width, device=self.device) < lengths[:, None]  # (m, B)
-        self.precision = identity_where(~self._inside, precision)
+        self.precision = _decoupled(~self._inside, precision)
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -102,7 +102,7 @@ class BlockDiagonal(LinearOperator):
 
     def conditioned(self, kept: Tensor) -> BlockDiagonal:
         """Exact, by one Cholesky factor of H_SS a block."""
-        return BlockDiagonal(identity_where(self._scatter((~kept)[:, None])[..., 0], self.precision), self._sizes)
+        return BlockDiagonal(_decoupled(self._scatter((~kept)[:, None])[..., 0], self.precision), self._sizes)
 
     def stretches(self) -> Sequence[int]:
         return self._sizes
@@ -123,11 +123,11 @@ class BlockDiagonal(LinearOperator):
         tolerance: float = 1e-4,
         max_iterations: int = 1000,
     ) -> ConstrainedMinimum:
-        """Exact: H_SS x_S = −H_SC x_C − c_S block by block, with identity rows in place of C."""
+        """Exact: H_SS x_S = −H_SC x_C − c_S block by block, with C decoupled."""
         target = torch.where(fixed, values.to(self.dtype), 0.0)
         right = -self.solve(target) if linear is None else -(self.solve(target) + linear.to(self.dtype))
-        right = torch.where(fixed, target, right)
-        factor = _cholesky(identity_where(self._scatter(fixed[:, None])[..., 0], self.precision))
+        right = torch.where(fixed, 0.0, right)
+        factor = _cholesky(_decoupled(self._scatter(fixed[:, None])[..., 0], self.precision))
         solution = torch.cholesky_solve(self._scatter(right[:, None]), factor)[self._inside][:, 0]
         return ConstrainedMinimum(torch.where(fixed, target, solution))
 
@@ -141,7 +141,7 @@ class RepeatedBlock(LinearOperator):
     Args:
         precision: (g, B, B), the blocks of H.
         repeats: r, rows of each.
-        kept: (g·r·B,) bool; coordinates outside are decoupled with the identity in place of their precision.
+        kept: (g·r·B,) bool; coordinates outside are decoupled, with the group's mean diagonal as their precision.
         slice_bytes: bound of the memory of a slice of rows.
     """
 
@@ -152,6 +152,7 @@ class RepeatedBlock(LinearOperator):
         super().__init__(groups * repeats * width, precision.dtype, precision.device)
         self.precision, self.repeats, self.kept = precision, repeats, kept
         self._shared = BlockDiagonal(precision, [width] * groups) if kept is None else None
+        self._scale = precision.diagonal(dim1=1, dim2=2).mean(1)  # (g,), of what stands in for decoupled coordinates
         self._bytes = slice_bytes
         self._slice = max(1, slice_bytes // (4 * width * width * precision.element_size()))
 
@@ -165,7 +166,7 @@ class RepeatedBlock(LinearOperator):
                 where = slice(start, start + count * width)
                 blocks = self.precision[group].expand(count, width, width)
                 if kept is not None:
-                    blocks = identity_where(~kept[where].view(count, width), blocks)
+                    blocks = _decoupled(~kept[where].view(count, width), blocks, self._scale[group])
                 yield where, BlockDiagonal(blocks, [width] * count)
 
     def _by_row(self, X: Tensor) -> Tensor:
@@ -183,8 +184,14 @@ class RepeatedBlock(LinearOperator):
         return torch.cat([rows @ X[where] for where, rows in self._rows(self.kept)])
 
     def _solve(self, B: Tensor) -> Tensor:
-        inside = 1 if self.kept is None else self.kept.to(B.dtype)[:, None]
-        return inside * self._flat(self.precision @ self._by_row(inside * B), B.shape[1]) + (1 - inside) * B
+        if self.kept is None:
+            return self._flat(self.precision @ self._by_row(B), B.shape[1])
+        inside = self.kept.to(B.dtype)[:, None]
+        image = self._flat(self.precision @ self._by_row(inside * B), B.shape[1])
+        return inside * image + (1 - inside) * self._outside()[:, None] * B
+
+    def _outside(self) -> Tensor:
+        return self._scale.repeat_interleave(self.size // len(self._scale))
 
     def diagonal(self) -> Tensor:
         if self._shared is not None:
@@ -193,7 +200,7 @@ class RepeatedBlock(LinearOperator):
 
     def inverse_diagonal(self) -> Tensor:
         diagonal = self._repeated(self.precision.diagonal(dim1=1, dim2=2))
-        return diagonal if self.kept is None else torch.where(self.kept, diagonal, 1.0)
+        return diagonal if self.kept is None else torch.where(self.kept, diagonal, self._outside())
 
     def _repeated(self, diagonal: Tensor) -> Tensor:
         return diagonal[:, None, :].expand(-1, self.repeats, -1).reshape(-1)
@@ -416,6 +423,20 @@ def _gathered(whole: LinearOperator, index: Tensor, parts: Iterable[tuple[slice,
     return padded(out, index)
 
 
+def _decoupled(where: Tensor, blocks: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Blocks (m, B, B) without coupling to the coordinates at `where` (m, B), which get a diagonal of the same size.
+
+    The size is `scale`, or the mean of the block's remaining diagonal, so that no pivot looks small beside a
+    stand-in.
+    """
+    if scale is None:
+        diagonal, left = blocks.diagonal(dim1=1, dim2=2), (~where).sum(1)
+        mean = diagonal.masked_fill(where, 0.0).sum(1) / left.clamp_min(1)
+        scale = torch.where((left > 0) & (mean > 0), mean, 1.0)[:, None]
+    clean = blocks.masked_fill(where[:, :, None] | where[:, None, :], 0.0)
+    return clean + torch.diag_embed(where * scale)
+
+
 def _cholesky(blocks: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(blocks)
     pivots = factor.diagonal(dim1=1, dim2=2).square()
@@ -424,7 +445,7 @@ def _cholesky(blocks: Tensor) -> Tensor:
         scale = float(blocks[bad].diagonal(dim1=1, dim2=2).nan_to_num().amax())
         raise CurvatureError(
             f"{int(bad.sum())} of {len(blocks)} curvature blocks are not positive definite to working precision "
-            f"(largest diagonal {scale:.1e}); a damping of at least {max(scale, 1e-30) * 1e-10:.1e} would do"
+            f"(largest diagonal {scale:.1e}); an absolute damping of at least {max(scale, 1e-30) * 1e-10:.1e} would do"
         )
     return factor
 

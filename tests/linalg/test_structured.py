@@ -223,6 +223,15 @@ def test_a_block_that_is_not_positive_definite_is_refused():
         BlockDiagonal(torch.stack([spd(3), -spd(3)]), [3, 3]).diagonal()
 
 
+def test_small_blocks_do_not_look_small_beside_their_padding():
+    tiny = BlockDiagonal(1e-13 * spd(3)[None], [2])
+    kept = torch.tensor([True, False])
+    assert_close(1e-13 * tiny.inverse[0, :2, :2], torch.linalg.inv(spd(3)[:2, :2]))
+    assert_close(1e-13 * tiny.conditioned(kept).diagonal()[0], 1 / spd(3)[0, 0])
+    found = tiny.minimise(~kept, torch.ones(2, dtype=torch.float64)).solution
+    assert_close(found[0], -spd(3)[0, 1] / spd(3)[0, 0])
+
+
 def test_rows_that_are_not_finite_are_refused():
     with pytest.raises(CurvatureError, match="Gram matrix of 2 gradient rows is not positive definite"):
         DiagonalPlusLowRank(torch.full((2, 3), torch.nan), 0.1, 2).diagonal()

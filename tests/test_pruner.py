@@ -1,0 +1,92 @@
+import pytest
+import torch
+from torch import nn
+
+from sparsekit import Categorical, CompensationSettings, FinetuneSettings, ParameterSpace
+from sparsekit.estimators import DiagonalFisher, DiagonalFisherSettings
+from sparsekit.interfaces import Settings, measure
+from sparsekit.patterns import Unstructured
+from sparsekit.pruner import PhaseStarted, Pruner, StepCompleted
+from sparsekit.saliencies import OptimalBrainSurgeon
+from sparsekit.schedules import OneShot, plan
+
+
+def data():
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(60, 6, generator=draw)
+    return list(zip(inputs.split(20), (inputs[:, :3].argmax(1)).split(20), strict=True))
+
+
+def network(*extra):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), *extra, nn.Linear(8, 3))
+
+
+def pruner(model, steps, finetune=0.0, **given):
+    space, likelihood = ParameterSpace.of(model), Categorical()
+    settings = DiagonalFisherSettings(fisher="empirical", examples=60, damping=1e-3, decay=0.5)
+    return Pruner(
+        model=model,
+        space=space,
+        likelihood=likelihood,
+        estimator=DiagonalFisher(space, settings),
+        saliency=OptimalBrainSurgeon(None),
+        pattern=Unstructured(None),
+        compensation=CompensationSettings(),
+        steps=steps,
+        calibration=lambda generator: data(),
+        measure=lambda network: measure(network, likelihood, data()),
+        finetune_settings=FinetuneSettings(epochs=finetune, learning_rate=0.1),
+        training=lambda generator: data(),
+        training_batches=3,
+        **given,
+    )
+
+
+def completed(made):
+    return [event for event in made.run() if isinstance(event, StepCompleted)]
+
+
+def test_a_level_of_its_own_does_not_depend_on_the_levels_before():
+    alone = completed(pruner(network(), plan([0.8], OneShot(Settings()), substeps=2, independent=True)))
+    both = completed(pruner(network(), plan([0.5, 0.8], OneShot(Settings()), substeps=2, independent=True)))
+    assert [event.curvature for event in both[2:]] == [event.curvature for event in alone]
+    assert both[-1].pruned == alone[-1].pruned
+
+
+def test_one_cut_levels_share_the_dense_networks_curvature():
+    done = completed(pruner(network(), plan([0.5, 0.8], OneShot(Settings()), independent=True)))
+    assert done[0].curvature and not done[1].curvature
+    assert done[0].damping == done[1].damping
+
+
+def test_fine_tuning_with_dropout_is_reproducible_and_leaves_the_global_generator_alone():
+    steps = plan([0.5], OneShot(Settings()), finetune=True)
+    results = []
+    for ambient in (1, 2):
+        torch.manual_seed(ambient)
+        before = torch.random.get_rng_state()
+        model = network(nn.Dropout(0.5))
+        completed(pruner(model, steps, finetune=2.0))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        results.append(model[0].weight)
+    assert torch.equal(*results)
+
+
+def test_progress_is_told_by_phase():
+    told = []
+    made = pruner(network(), plan([0.5], OneShot(Settings())), progress=lambda *args: told.append(args))
+    completed(made)
+    assert ("curvature", 2, 3) in told
+
+
+def test_phases_come_in_order():
+    events = pruner(network(), plan([0.5], OneShot(Settings()), finetune=True), finetune=1.0).run()
+    phases = [event.phase for event in events if isinstance(event, PhaseStarted)]
+    assert phases == ["curvature", "removal", "measure", "finetune"]
+
+
+def test_predicted_and_measured_increase_agree_for_a_small_cut():
+    (done,) = completed(pruner(network(), plan([0.02], OneShot(Settings()))))
+    assert done.predicted_increase == pytest.approx(done.measured_increase, abs=0.05)
