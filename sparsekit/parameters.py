@@ -150,14 +150,14 @@ class ParameterSpace:
         """Tensors by name -> one vector (n,)."""
         return torch.cat([tensors[info.name].reshape(-1) for info in self.parameters])
 
-    def flatten_rows(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Tensors (b, *shape) by name -> rows (b, n)."""
-        return torch.cat([tensors[info.name].flatten(1) for info in self.parameters], dim=1)
-
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector (n,) -> views of it by name, in the parameters' shapes."""
         self.check(vector)
         return {info.name: vector[info.slice].view(info.shape) for info in self.parameters}
+
+    def unflatten_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows (b, n) -> views of them by name, (b, *shape)."""
+        return {info.name: rows[:, info.slice].view(len(rows), *info.shape) for info in self.parameters}
 
     def check(self, vector: Tensor) -> None:
         """Refuse what is not a vector of this space."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparsekit.curvature.rows import input_patches, layers_with_weights, record_uses
+from sparsekit.curvature.rows import HookedLayer, hooked_layers, input_patches, record_uses
 from sparsekit.errors import ModelError
 from sparsekit.objective import Objective, as_found, some
 from sparsekit.parameters import ParameterSpace
@@ -17,11 +17,7 @@ def layer_groups(model: nn.Module, space: ParameterSpace) -> dict[str, int]:
     Raises:
         ModelError: a prunable parameter is not the weight of such a layer.
     """
-    found = {
-        layer.weight: int(getattr(layer.module, "groups", 1))
-        for layer in layers_with_weights(model, space)
-        if layer.weight is not None
-    }
+    found = {str(layer.weight): int(getattr(layer.module, "groups", 1)) for layer in _matrices(model, space)}
     others = [name for name in space.names if name not in found]
     if others:
         raise ModelError(
@@ -31,14 +27,22 @@ def layer_groups(model: nn.Module, space: ParameterSpace) -> dict[str, int]:
     return {name: found[name] for name in space.names}
 
 
+def _matrices(model: nn.Module, space: ParameterSpace) -> list[HookedLayer]:
+    kinds = nn.Linear, nn.Conv1d, nn.Conv2d
+    return [x for x in hooked_layers(model, space) if x.weight is not None and isinstance(x.module, kinds)]
+
+
 def input_moments(objective: Objective) -> dict[str, Tensor]:
     """E Σ_t x xᵀ over examples, x the inputs that a weight sees at position t: name -> (groups, in, in), float64.
 
     Products are taken in the model's type of number, batch by batch, and accumulated in float64. The inputs of all
     uses of a layer count. No gradient is taken.
+
+    Raises:
+        ModelError: as `layer_groups`, or a layer never ran.
     """
     layer_groups(objective.model, objective.space)
-    layers = [layer for layer in layers_with_weights(objective.model, objective.space) if layer.weight is not None]
+    layers = _matrices(objective.model, objective.space)
     totals: dict[str, Tensor] = {}
     with as_found(objective.model), torch.no_grad():
         for inputs, _ in objective.on_device():
@@ -56,4 +60,7 @@ def input_moments(objective: Objective) -> dict[str, Tensor]:
                     moment = (X @ X.mT).double()
                     totals[layer.weight] = totals[layer.weight] + moment if layer.weight in totals else moment
     count = some(objective.count())
+    idle = [name for name in objective.space.names if name not in totals]
+    if idle:
+        raise ModelError(f"the layers of {', '.join(idle)} never ran on the data: exclude these parameters")
     return {name: totals[name] / count for name in objective.space.names}

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sparsekit.curvature import GaussNewton, gradient_rows
+from sparsekit.curvature import GaussNewton, gradient_rows, per_example_gradients
 from sparsekit.errors import CurvatureError
 from sparsekit.likelihoods import Bernoulli, Categorical, Gaussian
 from sparsekit.objective import Objective
@@ -41,6 +41,71 @@ class Tied(nn.Module):
         return self.b(torch.tanh(self.a(x)))[:, :3]
 
 
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.b(torch.relu_(self.a(x).mul_(2)))
+
+
+class Positional(nn.Module):
+    """A layer that is called with a batch of one, whatever the number of examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x.new_ones(1, 2))
+
+
+class Folded(nn.Module):
+    """Positions folded into the first dimension; the last layer's first dimension is that of positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x.reshape(-1, 2)))
+        return self.b(h.view(*x.shape[:2], 4).transpose(0, 1)).mean(0)
+
+
+class Functional(nn.Module):
+    """Weights of layers that are used without calling them: always, and beside a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = torch.tanh(nn.functional.linear(self.a(x), self.a.weight))
+        return nn.functional.linear(h, self.b.weight, self.b.bias)
+
+
+class Keyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.a(input=x)
+
+
+class Branching(nn.Module):
+    """Control flow that depends on the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.a = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        rows = [row @ self.scale if row.sum() > 0 else row for row in x]
+        return self.a(torch.stack(rows))
+
+
 class Sequence(nn.Module):
     def __init__(self):
         super().__init__()
@@ -71,15 +136,57 @@ def conv1d():
     return nn.Sequential(nn.Conv1d(2, 3, 3, stride=2, padding=1, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(9, 3))
 
 
+def norms():
+    return nn.Sequential(
+        nn.BatchNorm2d(4),
+        nn.GroupNorm(2, 4),
+        nn.Flatten(2),
+        nn.LayerNorm(9),
+        nn.BatchNorm1d(4),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.LayerNorm(36, bias=False),
+        nn.Linear(36, 3),
+    )
+
+
+class Words(nn.Module):
+    """An embedding, tied to the layer that scores words."""
+
+    def __init__(self, *, tied):
+        super().__init__()
+        self.embedding, self.a = nn.Embedding(6, 3, padding_idx=0), nn.Linear(3, 6, bias=False)
+        if tied:
+            self.a.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.a(torch.tanh(self.embedding(tokens)).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.GRU(2, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.b(self.a(x)[0][:, -1])
+
+
 MODELS = {
     "mlp": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (4,)),
     "no bias": (lambda: nn.Linear(4, 3, bias=False), (4,)),
     "twice": (Twice, (4,)),
     "tied": (Tied, (4,)),
+    "in place": (InPlace, (4,)),
+    "positional": (Positional, (4,)),
+    "folded": (Folded, (3, 2)),
+    "functional": (Functional, (4,)),
+    "keyword": (Keyword, (4,)),
     "sequence": (Sequence, (5, 2)),
     "conv": (conv, (2, 5, 5)),
     "grouped": (grouped, (4, 4, 4)),
     "conv1d": (conv1d, (2, 6)),
+    "norms": (norms, (4, 3, 3)),
 }
 
 
@@ -124,6 +231,42 @@ def test_empirical_rows_average_to_the_gradient(name):
     problem = objective(name)
     rows = torch.cat(list(gradient_rows(problem, "empirical")))
     assert_close(rows.mean(0), problem.gradient())
+
+
+CONVOLUTIONS = {  # few channels: as convolutions; more channels than positions: as products with patches
+    "plain": (nn.Conv2d, (3, 4, 3), {"padding": 1}),
+    "strided": (nn.Conv2d, (3, 4, 3), {"stride": (2, 1), "padding": (0, 2)}),
+    "pointwise": (nn.Conv2d, (3, 4, 1), {"stride": 2}),
+    "dilated": (nn.Conv2d, (3, 4, (3, 2)), {"dilation": 2, "padding": 1}),
+    "depthwise": (nn.Conv2d, (3, 6, 3), {"groups": 3}),
+    "same, even": (nn.Conv2d, (4, 4, (2, 4)), {"padding": "same", "groups": 2}),
+    "valid": (nn.Conv2d, (3, 4, 3), {"padding": "valid"}),
+    "1d": (nn.Conv1d, (3, 4, 3), {"stride": 2, "padding": 1, "dilation": 2}),
+    "1d same, even": (nn.Conv1d, (3, 4, 4), {"padding": "same"}),
+    "patches": (nn.Conv2d, (3, 70, 3), {"padding": 1, "stride": (2, 1)}),
+    "patches, grouped": (nn.Conv2d, (4, 100, 3), {"groups": 2, "dilation": 2, "padding": 2}),
+    "patches, same, even": (nn.Conv2d, (3, 70, (2, 4)), {"padding": "same"}),
+    "patches, 1d": (nn.Conv1d, (4, 20, 3), {"padding": 1, "groups": 2}),
+    "patches, 1d same, even": (nn.Conv1d, (3, 20, 4), {"padding": "same"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_against_one_example_at_a_time(name, dtype):
+    kind, args, kwargs = CONVOLUTIONS[name]
+    model = made(lambda: nn.Sequential(kind(*args, **kwargs), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)))
+    shape = (args[0], 6) if kind is nn.Conv1d else (args[0], 6, 7)
+    draw = torch.Generator().manual_seed(1)
+    inputs, targets = torch.randn(5, *shape, generator=draw, dtype=dtype), torch.randint(3, (5,), generator=draw)
+    model.to(dtype)(inputs)
+    problem = Objective(model, Categorical(), [(inputs, targets)], ParameterSpace.of(model, include="*"))
+    (found,) = per_example_gradients(problem, "empirical")
+    for i in range(5):
+        loss = nn.functional.cross_entropy(model(inputs[i : i + 1]), targets[i : i + 1])
+        expected = torch.autograd.grad(loss, list(model.parameters()))
+        assert_close([found[n][i] for n, _ in model.named_parameters()], list(expected), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("fisher", ["importance", "sampled"])
@@ -172,6 +315,77 @@ def test_gradients_that_are_not_finite_are_refused(generator):
         problem.model[0].weight[0, 0] = float("nan")
     with pytest.raises(CurvatureError, match="gradients of '0.weight' are not finite"):
         list(gradient_rows(problem, "empirical"))
+
+
+def test_large_gradients_that_are_finite_are_given():
+    model = made(lambda: nn.Linear(4, 3, bias=False)).float()
+    nn.init.zeros_(model.weight)
+    problem = Objective(
+        model, Gaussian(1.0), [(torch.full((7, 4), 1e19), torch.full((7, 3), -1e19))], ParameterSpace.of(model)
+    )
+    (rows,) = gradient_rows(problem, "empirical")
+    assert rows.isfinite().all() and not rows.sum().isfinite()
+
+
+class Skips(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.idle, self.dead = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        self.dead(x)
+        return self.a(x)
+
+
+def test_layers_without_influence_have_no_gradient():
+    model = made(Skips)
+    batch = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(5) % 3
+    (found,) = per_example_gradients(Objective(model, Categorical(), [batch], ParameterSpace.of(model)), "empirical")
+    assert {name for name, rows in found.items() if rows.any()} == {"a.weight"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings(tied):
+    draw = torch.Generator().manual_seed(1)
+    batches = [(torch.randint(6, (5, 4), generator=draw), torch.randint(6, (5,), generator=draw)) for _ in range(2)]
+    model = made(lambda: Words(tied=tied))
+    problem = Objective(model, Categorical(), batches, ParameterSpace.of(model))
+    assert_close(second_moment(problem, fisher="exact"), dense_fisher(problem, "exact"))
+
+
+@pytest.mark.parametrize("build", [Recurrent, Branching])
+def test_models_that_cannot_be_vectorised(build):
+    shape = (4, 2) if build is Recurrent else (4,)
+    draw = torch.Generator().manual_seed(1)
+    inputs = torch.randn(5, *shape, generator=draw, dtype=torch.float64)
+    model, targets = made(build), torch.arange(5) % 3
+    problem = Objective(model, Categorical(), [(inputs, targets)], ParameterSpace.of(model, include="*"))
+    (found,) = per_example_gradients(problem, "empirical")
+    for i in range(5):
+        loss = nn.functional.cross_entropy(model(inputs[i : i + 1]), targets[i : i + 1])
+        expected = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+        assert_close([found[n][i] for n, _ in model.named_parameters()], list(expected))
+
+
+def calls(model, run):
+    """How often the model is called on more than one example, and on one."""
+    seen = []
+    handle = model.register_forward_hook(lambda _m, args, _out: seen.append(len(args[0])))
+    run()
+    handle.remove()
+    return sum(n > 1 for n in seen), sum(n == 1 for n in seen)
+
+
+def test_rows_of_ordinary_layers_take_one_pass_a_batch():
+    problem = objective("conv", count=9)
+    many, single = calls(problem.model, lambda: list(gradient_rows(problem, "empirical")))
+    assert (many, single) == (3, 2)  # the first batch's first and last example alone, to compare
+
+
+def test_rows_are_the_callers_to_keep():
+    problem = objective("conv")
+    kept = list(gradient_rows(problem, "empirical"))
+    assert_close(torch.cat(kept), torch.cat([rows.clone() for rows in gradient_rows(problem, "empirical")]))
 
 
 @pytest.mark.parametrize("name", MODELS)
