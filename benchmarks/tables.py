@@ -3,16 +3,19 @@
     python benchmarks/tables.py digits --output results
     python benchmarks/tables.py resnet20 --output results --data-dir CIFAR10 --checkpoint resnet20.th
 
-Interrupted, it goes on where it stopped: a finished run is not done again.
+Each run has a process of its own, so that peak memory is its own. Interrupted, it goes on where it stopped: a finished
+run is not done again.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import platform
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -21,7 +24,6 @@ from sparsekit.records import RunRecord
 from sparsekit.run import execute, load_registry
 from sparsekit.settings import merge, resolve
 
-REGISTRY = load_registry()
 Row = tuple[str, dict[str, Any]]
 
 DIGITS: list[Row] = [
@@ -56,15 +58,23 @@ RESNET20: list[Row] = [
 ]
 
 
+def record(settings: dict[str, Any]) -> RunRecord:
+    """One run, or what is on disk of it."""
+    registry = load_registry()
+    return execute(resolve(settings, registry), registry, resume=True).record
+
+
 def records(rows: Sequence[Row], base: dict[str, Any], seeds: Sequence[int]) -> Iterator[tuple[str, list[RunRecord]]]:
-    for name, settings in rows:
-        found = []
-        for seed in seeds:
-            per_seed = {"seed": seed} if base["task"]["name"] != "digits" else {"seed": seed, "task": {"seed": seed}}
-            resolved = resolve(merge(base, settings, per_seed), REGISTRY)
-            print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
-            found.append(execute(resolved, REGISTRY, resume=True).record)
-        yield name, found
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
+        for name, settings in rows:
+            found = []
+            for seed in seeds:
+                own_network = {"task": {"seed": seed}} if base["task"]["name"] == "digits" else {}
+                print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
+                given = merge(base, settings, {"seed": seed}, own_network)
+                found.append(processes.submit(record, given).result())
+            yield name, found
 
 
 def spread(values: Sequence[float], scale: float = 100.0) -> str:
