@@ -77,7 +77,7 @@ def prune(
         schedule: the same.
         steps: cuts with fine-tuning after each; no effect on one-shot.
         substeps: parts of each cut, with the curvature refreshed between them.
-        compensation: 'joint', 'independent' or 'none', or a mapping with `how` and settings.
+        compensation: 'joint', 'independent', 'none' or 'exact', or a mapping with `how` and settings.
         finetune: settings such as {"epochs": 1, "learning_rate": 0.01}; without it there is none.
         evaluation: batches, or model -> metrics; by default the loss and accuracy on `data`.
         include: shell patterns of parameter names to prune; by default weights of two or more dimensions.

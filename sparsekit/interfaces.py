@@ -277,7 +277,11 @@ class Pattern(ABC):
 class CompensationSettings(Settings):
     """How the surviving weights move when others go; see `InverseFisher.remove`."""
 
-    how: Compensation = Field("joint", description="joint, independent (as most papers publish it) or none")
+    how: Literal[Compensation, "exact"] = Field(
+        "joint",
+        description="joint, independent (as most papers publish it), none, or exact: joint with the Gauss-Newton "
+        "matrix of the whole network, which the estimator only preconditions",
+    )
     first_order: float = Field(
         0.0,
         ge=0,
@@ -285,6 +289,16 @@ class CompensationSettings(Settings):
         description="weight of the gradient in the quadratic model; 0: a trained network's, zero",
     )
     scale: float = Field(1.0, ge=0, le=1, description="of the survivors' move; 1: the solution, 0: none")
+    damping: float | None = Field(
+        None,
+        gt=0,
+        description="γ of an exact solve, in units of the Fisher; by default the estimator's, which for identity and "
+        "layer-wise estimators is in other units",
+    )
+    tolerance: float = Field(1e-2, gt=0, lt=1, description="relative residual at which an exact solve ends")
+    max_iterations: int = Field(
+        100, ge=1, description="products of an exact solve at most; one that ends so is listed as degraded"
+    )
 
 
 class FinetuneSettings(Settings):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekit.curvature import GaussNewton
 from sparsekit.errors import CurvatureError
 from sparsekit.finetune import finetune
 from sparsekit.interfaces import (
@@ -27,9 +28,10 @@ from sparsekit.interfaces import (
     Units,
 )
 from sparsekit.likelihoods import Likelihood
+from sparsekit.linalg import MatrixFree
 from sparsekit.objective import Batch, Objective
 from sparsekit.parameters import Mask, ParameterSpace
-from sparsekit.removal import InverseFisher
+from sparsekit.removal import InverseFisher, Removal
 from sparsekit.schedules import Step
 
 Metrics = Mapping[str, float]
@@ -175,22 +177,8 @@ class Pruner:
         clock.lap("curvature")
 
         yield self._started("removal", step)
-        weights, mask = self.space.read(self.model), state.mask
-        units = self.pattern.units(self.space)
-        context = _Context(weights, mask, inverse, objective, units, self._generator("saliency", step.index, device))
-        scores = self.saliency.score(context)
-        if not bool(scores[mask.kept].isfinite().all()):
-            raise CurvatureError(f"the saliency '{self.saliency.name}' gave scores that are not finite")
-        count = self.pattern.count(self.space, step.sparsity)
-        chosen = self.pattern.choose(scores, mask, count, self.space)
         before = objective.loss() if calibration else float("nan")
-        how = self.compensation
-        gradient = how.first_order * context.gradient if how.first_order else None
-        removal = inverse.remove(weights, mask, chosen, how.how, gradient, how.scale)
-        state.mask = mask.without(chosen)
-        self.space.write(self.model, weights + removal.delta)
-        state.mask.apply(self.space, self.model)
-        self.estimator.shrink(state.mask)
+        removal = self._cut(step, inverse, objective)
         clock.lap("removal")
         after = objective.loss() if calibration else float("nan")
 
@@ -211,7 +199,7 @@ class Pruner:
             damping=inverse.damping,
             curvature=curvature,
             # a layer's own least squares says nothing of the loss
-            predicted_increase=removal.increase if self.estimator.across_layers else math.nan,
+            predicted_increase=removal.increase if self._is_of_the_loss else math.nan,
             measured_increase=after - before,
             iterations=removal.iterations,
             residual=removal.residual,
@@ -220,6 +208,42 @@ class Pruner:
             layer_sparsity={info.name: Mask(state.mask.kept[info.slice]).sparsity for info in self.space.parameters},
             seconds=clock.seconds,
         )
+
+    def _cut(self, step: Step, inverse: InverseFisher, objective: Objective) -> Removal:
+        """Score, choose, remove; the model, the mask and the estimator follow."""
+        weights, mask, how = self.space.read(self.model), self.state.mask, self.compensation
+        assert mask is not None
+        generator = self._generator("saliency", step.index, weights.device)
+        context = _Context(weights, mask, inverse, objective, self.pattern.units(self.space), generator)
+        scores = self.saliency.score(context)
+        if not bool(scores[mask.kept].isfinite().all()):
+            raise CurvatureError(f"the saliency '{self.saliency.name}' gave scores that are not finite")
+        chosen = self.pattern.choose(scores, mask, self.pattern.count(self.space, step.sparsity), self.space)
+        gradient = how.first_order * context.gradient if how.first_order else None
+        if how.how == "exact":
+            removal = self._exact(inverse, objective).remove(weights, mask, chosen, "joint", gradient, how.scale)
+        else:
+            removal = inverse.remove(weights, mask, chosen, how.how, gradient, how.scale)
+        self.state.mask = mask.without(chosen)
+        self.space.write(self.model, weights + removal.delta)
+        self.state.mask.apply(self.space, self.model)
+        self.estimator.shrink(self.state.mask)
+        return removal
+
+    def _exact(self, inverse: InverseFisher, objective: Objective) -> InverseFisher:
+        """The calibration examples' Gauss-Newton matrix in place of the estimator's, which preconditions it."""
+        fisher, gamma = GaussNewton(objective), self.compensation.damping or inverse.damping
+        operator = MatrixFree(
+            lambda v: (fisher @ v.to(objective.dtype)).to(v.dtype) + gamma * v,
+            inverse.operator,
+            tolerance=self.compensation.tolerance,
+            max_iterations=self.compensation.max_iterations,
+        )
+        return InverseFisher(operator, gamma)
+
+    @property
+    def _is_of_the_loss(self) -> bool:
+        return self.estimator.across_layers or self.compensation.how == "exact"
 
     def _started(self, phase: str, step: Step) -> PhaseStarted:
         self._phase = phase

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsekit import builtins
 from sparsekit.errors import DataError, RecordError, SettingsError
-from sparsekit.interfaces import CurvatureEstimator, Task
+from sparsekit.interfaces import CompensationSettings, CurvatureEstimator, Task
 from sparsekit.objective import Batch
 from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.provenance import available_memory, machine, now, peak_memory, plugins_used
@@ -337,6 +337,7 @@ class _Driver:
                 "levels": levels,
                 "steps": steps,
                 "seconds": seconds,
+                "degraded": [*record.degraded, *_unfinished(event, pruner.compensation)],
                 "peak_memory_bytes": max(record.peak_memory_bytes, peak_memory(self.model)),
             }
         )
@@ -400,6 +401,15 @@ class _Driver:
         tracker.artifact(self.directory.record_path)
         tracker.finish("FINISHED")
         self.directory.clear_checkpoints()
+
+
+def _unfinished(event: StepCompleted, how: CompensationSettings) -> list[str]:
+    if how.how != "exact" or event.residual <= how.tolerance:
+        return []
+    return [
+        f"step {event.step.index}: exact compensation stopped after {event.iterations} products, at the relative "
+        f"residual {event.residual:.1e} ({how.tolerance:.0e} was asked for)"
+    ]
 
 
 def _step_metrics(step: StepRecord, prunable: int) -> dict[str, float]:

@@ -126,6 +126,12 @@ def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
             f"the scores of the estimator '{classes['estimator'].name}' compare within a layer only, and the pattern "
             f"'{classes['pattern'].name}' compares layers; use --pattern uniform or n:m"
         )
+    how = settings.compensation
+    if how.how == "exact" and how.damping is None and not classes["estimator"].across_layers:
+        raise SettingsError(
+            f"the damping of the estimator '{classes['estimator'].name}' is not in units of the Fisher; give exact "
+            "compensation its own: compensation.damping"
+        )
     task = classes["task"]
     recipe = validated(FinetuneSettings, {**task.finetune.model_dump(), **settings.finetune}, "finetune")
     sparsity = tuple(sorted(set(settings.sparsity or task.sparsity)))

@@ -1,14 +1,16 @@
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
-from sparsekit import Categorical, CompensationSettings, FinetuneSettings, ParameterSpace
+from sparsekit import Categorical, CompensationSettings, FinetuneSettings, Objective, ParameterSpace
 from sparsekit.estimators import DiagonalFisher, DiagonalFisherSettings
 from sparsekit.interfaces import Settings, measure
 from sparsekit.patterns import Unstructured
 from sparsekit.pruner import PhaseStarted, Pruner, StepCompleted
 from sparsekit.saliencies import OptimalBrainSurgeon
 from sparsekit.schedules import OneShot, plan
+from sparsekit.testing import dense_fisher, dense_removal
 
 
 def data():
@@ -23,7 +25,7 @@ def network(*extra):
         return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), *extra, nn.Linear(8, 3))
 
 
-def pruner(model, steps, finetune=0.0, **given):
+def pruner(model, steps, finetune=0.0, compensation=None, **given):
     space, likelihood = ParameterSpace.of(model), Categorical()
     settings = DiagonalFisherSettings(fisher="empirical", examples=60, damping=1e-3, decay=0.5)
     return Pruner(
@@ -33,7 +35,7 @@ def pruner(model, steps, finetune=0.0, **given):
         estimator=DiagonalFisher(space, settings),
         saliency=OptimalBrainSurgeon(None),
         pattern=Unstructured(None),
-        compensation=CompensationSettings(),
+        compensation=compensation or CompensationSettings(),
         steps=steps,
         calibration=lambda generator: data(),
         measure=lambda network: measure(network, likelihood, data()),
@@ -79,6 +81,22 @@ def test_progress_is_told_by_phase():
     made = pruner(network(), plan([0.5], OneShot(Settings())), progress=lambda *args: told.append(args))
     completed(made)
     assert ("curvature", 2, 3) in told
+
+
+def test_exact_compensation_is_the_joint_removal_of_the_gauss_newton_matrix():
+    model = network().double()
+    batches = [(x.double(), y) for x, y in data()]
+    how = CompensationSettings(how="exact", damping=1e-3, tolerance=1e-8)
+    made = pruner(model, plan([0.5], OneShot(Settings())), compensation=how)
+    made.calibration, made.measure = lambda generator: batches, lambda model: {}
+    weights, space = made.space.read(model), made.space
+    H = dense_fisher(Objective(model, Categorical(), batches, space), "exact")
+    H += 1e-3 * torch.eye(space.size, dtype=torch.float64)
+    (done,) = completed(made)
+    chosen = made.state.mask.removed
+    delta, increase = dense_removal(H, weights, chosen, torch.zeros_like(chosen), "joint")
+    assert_close(space.read(model) - weights, delta, atol=1e-6, rtol=1e-6)
+    assert done.predicted_increase == pytest.approx(increase, rel=1e-6) and done.iterations > 0
 
 
 def test_phases_come_in_order():

@@ -24,7 +24,7 @@ def run(
     schedule: Annotated[str | None, typer.Option(help="one-shot, cubic, linear or exponential.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps for each level, fine-tuned after each.")] = None,
     substeps: Annotated[int | None, typer.Option(help="Cuts within a step, curvature refreshed before each.")] = None,
-    compensation: Annotated[str | None, typer.Option(help="joint, independent or none.")] = None,
+    compensation: Annotated[str | None, typer.Option(help="joint, independent, none or exact.")] = None,
     saliency: Annotated[str | None, typer.Option(help="obs, magnitude, random or a plugin's.")] = None,
     pattern: Annotated[str | None, typer.Option(help="unstructured, uniform, n:m or a plugin's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random but the dense network.")] = None,

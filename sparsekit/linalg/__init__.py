@@ -2,6 +2,7 @@
 
 from sparsekit.linalg.iterative import ConjugateGradients, conjugate_gradients
 from sparsekit.linalg.lowrank import DiagonalPlusLowRank
+from sparsekit.linalg.matrixfree import MatrixFree
 from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator
 from sparsekit.linalg.structured import (
     BlockDiagonal,
@@ -21,6 +22,7 @@ __all__ = [
     "DirectSum",
     "KroneckerDiagonal",
     "LinearOperator",
+    "MatrixFree",
     "Principal",
     "RepeatedBlock",
     "conjugate_gradients",
