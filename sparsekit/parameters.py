@@ -72,7 +72,7 @@ class ParameterSpace:
         Args:
             model: any module; a parameter used in several places (tied) counts once, under its first name.
             include: shell patterns on parameter names (`layer3.*`); without it, every floating-point
-                parameter of two or more dimensions: weights, not biases or normalisation.
+                parameter of two or more dimensions that is not frozen: weights, not biases or normalisation.
             exclude: shell patterns that win over `include`.
 
         Raises:
@@ -183,6 +183,8 @@ def _why_skipped(name: str, tensor: Tensor, include: tuple[str, ...] | None, exc
         return f"not floating point ({tensor.dtype})"
     if include is not None:
         return None if any(fnmatchcase(name, pattern) for pattern in include) else "not included by name"
+    if not tensor.requires_grad:
+        return "frozen (requires_grad=False)"
     return None if tensor.dim() >= 2 else "fewer than two dimensions (bias or normalisation)"
 
 
