@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -38,18 +39,33 @@ class Uniform(Pattern):
         return sum(round(sparsity * info.size) for info in space.parameters)
 
     def choose(self, scores: Tensor, mask: Mask, count: int, space: ParameterSpace) -> Tensor:
-        """The lowest scores of each tensor, shares rounded by largest remainder to `count` in all."""
-        exact = [count * info.size / space.size for info in space.parameters]
-        shares = [int(x) for x in exact]
-        by_remainder = sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i))
-        for i in by_remainder[: count - sum(shares)]:
-            shares[i] += 1
+        """The lowest scores of each tensor, shares rounded by largest remainder to `count` in all.
+
+        A tensor that is past its share gives nothing back, and the others have so much less to lose.
+        """
+        removed = {info: int(mask.removed[info.slice].count_nonzero()) for info in space.parameters}
+        shares = dict(removed)
+        below = list(space.parameters)
+        while below:
+            # Rounding may give a tensor less of a larger count, so that what is gone may exceed its share.
+            left = count - sum(removed.values()) + sum(removed[info] for info in below)
+            parts = dict(zip(below, _proportional(left, [info.size for info in below]), strict=True))
+            past = [info for info in below if parts[info] < removed[info]]
+            if not past:
+                shares |= parts
+                break
+            below = [info for info in below if info not in past]
         chosen = torch.zeros_like(mask.kept)
-        for info, share in zip(space.parameters, shares, strict=True):
-            kept = mask.kept[info.slice]
-            removed = info.size - int(kept.count_nonzero())
-            chosen[info.slice] = lowest(scores[info.slice], kept, max(share - removed, 0))
+        for info, share in shares.items():
+            chosen[info.slice] = lowest(scores[info.slice], mask.kept[info.slice], share - removed[info])
         return chosen
+
+
+def _proportional(count: int, sizes: Sequence[int]) -> list[int]:
+    """Whole numbers in proportion to `sizes` that sum to `count`, rounded by largest remainder, ties by index."""
+    whole, rest = zip(*(divmod(count * size, sum(sizes)) for size in sizes), strict=True)
+    first = sorted(range(len(sizes)), key=lambda i: -rest[i])[: count - sum(whole)]
+    return [w + (i in first) for i, w in enumerate(whole)]
 
 
 class NMSettings(Settings):
@@ -80,11 +96,19 @@ class NM(Pattern):
         return Units(groups_of_inputs(space, self.settings.m), self.settings.m - self.settings.n)
 
     def count(self, space: ParameterSpace, sparsity: float) -> int:
-        """round(s·n), but no more than M − N of each whole group."""
+        """round(s·n), but no more than M − N of each whole group.
+
+        Raises:
+            SettingsError: more than M − N of M is asked for, or there is no whole group.
+        """
         n, m = self.settings.n, self.settings.m
         units = self.units(space)
         most = len(units.index) * units.removed
         wanted = round(sparsity * space.size)
+        if sparsity > 0 and not most:
+            raise SettingsError(
+                f"no tensor has {m} inputs to an output, so the pattern {n}:{m} has no group of {m} to remove from"
+            )
         if sparsity > 1 - n / m + 1e-9:
             raise SettingsError(
                 f"the pattern {n}:{m} removes at most {1 - n / m:.4g} of the weights, {sparsity} was asked for"

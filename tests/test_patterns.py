@@ -50,6 +50,27 @@ def test_uniform_removes_the_same_fraction_of_each_tensor():
     assert shares == [16, 8, 3]
 
 
+@pytest.mark.parametrize("seed", range(200))
+def test_uniform_is_exact_and_takes_back_nothing_on_any_path(seed):
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randint(1, 40, (int(torch.randint(2, 12, (1,), generator=draw)),), generator=draw)
+    space = ParameterSpace({f"t{i}": (int(size), 1) for i, size in enumerate(rows)})
+    pattern, mask = Uniform(Settings()), Mask.full(space.size)
+    for sparsity in torch.rand(12, generator=draw, dtype=torch.float64).sort().values.tolist():
+        count = pattern.count(space, sparsity)
+        picked = pattern.choose(torch.rand(space.size, generator=draw), mask, count, space)
+        assert not (picked & mask.removed).any()
+        mask = mask.without(picked)
+        assert mask.removed_count == count
+
+
+def test_uniform_spreads_evenly_what_a_tensor_has_lost_too_much_of():
+    before = torch.zeros(SPACE.size, dtype=torch.bool)
+    before[SPACE["a"].slice] = True  # all 32 of it, twice its share
+    removed, _ = chosen(Uniform(Settings()), 0.7, Mask(~before))
+    assert [int(removed[info.slice].sum()) for info in SPACE.parameters] == [0, 3, 1]  # 36 in all
+
+
 def test_two_of_four_stay_in_every_whole_group():
     removed, _ = chosen(NM(NMSettings()), 0.5)
     groups = removed[:32].view(-1, 4)
@@ -107,3 +128,8 @@ def test_blocks_removed_before_count():
 def test_no_block_anywhere_is_refused():
     with pytest.raises(SettingsError, match="no block of 64"):
         Block(BlockSettings(size=64)).count(SPACE, 0.5)
+
+
+def test_no_group_anywhere_is_refused():
+    with pytest.raises(SettingsError, match="no tensor has 64 inputs to an output, so the pattern 32:64 has no group"):
+        NM(NMSettings(n=32, m=64)).count(SPACE, 0.5)
