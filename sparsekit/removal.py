@@ -110,7 +110,7 @@ class InverseFisher:
             scale: of the survivors' move, in [0, 1]; 1 is the solution, 0 is `none`.
 
         Raises:
-            CurvatureError: the joint solve does not converge, or the result is not finite.
+            CurvatureError: the joint solve does not converge, the result is not finite, or δᵀHδ is negative.
 
         Reference: Hassibi and Stork, 1993; Singh and Alistarh, 2020 (independent).
         """
@@ -143,12 +143,26 @@ class InverseFisher:
         return Removal(torch.where(chosen, -weights, delta), increase, iterations, residual)
 
     def increase(self, delta: Tensor, gradient: Tensor | None = None) -> float:
-        """gᵀδ + ½ δᵀHδ for δ (n,), in units of the mean loss."""
+        """gᵀδ + ½ δᵀHδ for δ (n,), in units of the mean loss.
+
+        Raises:
+            CurvatureError: δᵀHδ is negative by more than rounding: Σ is not positive definite.
+        """
         delta = delta.to(self.operator.dtype)
         value = 0.5 * torch.dot(delta.double(), self.operator.solve(delta).double())
+        if float(value) < 0 and float(value) < -self._rounding(delta):
+            raise CurvatureError(
+                f"the predicted increase ½ δᵀHδ is {float(value):.1e}, which is negative: the inverse Fisher at "
+                f"damping {self.damping:.1e} is not positive definite; raise the damping"
+            )
         if gradient is not None:
             value = value + torch.dot(gradient.double(), delta.double())
         return float(value)
+
+    def _rounding(self, delta: Tensor) -> float:
+        """How far below zero rounding may carry ½ δᵀHδ, by the size of the diagonal's part of it."""
+        diagonal = torch.dot(delta.double().square(), self.operator.inverse_diagonal().double().abs())
+        return float(torch.finfo(self.operator.dtype).eps ** 0.5 * diagonal)
 
     def _independent(self, target: Tensor, fixed: Tensor, mask: Mask, linear: Tensor | None) -> Tensor:
         operator = self.conditioned(mask)

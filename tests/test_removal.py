@@ -97,3 +97,18 @@ def test_removed_weights_cannot_be_chosen_again():
     inverse, weights, mask, _ = problem(0)
     with pytest.raises(ValueError, match="removed before"):
         inverse.remove(weights, mask, torch.ones(12, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("with_gradient", [False, True], ids=["", "gradient"])
+@pytest.mark.parametrize("how", WAYS)
+def test_an_increase_of_negative_curvature_is_an_error(how, with_gradient):
+    inverse = InverseFisher(Diagonal(torch.tensor([1.0, -2.0])), 0.1)
+    gradient = torch.tensor([0.0, 10.0]) if with_gradient else None
+    with pytest.raises(CurvatureError, match=r"½ δᵀHδ is -2.5e-01, .* not positive definite; raise the damping"):
+        inverse.remove(torch.ones(2), Mask.full(2), torch.tensor([False, True]), how, gradient)
+
+
+def test_a_negative_increase_within_rounding_is_no_error():
+    H = torch.tensor([[[1.0, -1.0], [-1.0, 1.0 - 1e-7]]])  # singular but for rounding
+    increase = InverseFisher(BlockDiagonal(H, [2]), 0.0).increase(torch.ones(2))
+    assert -1e-6 < increase < 0

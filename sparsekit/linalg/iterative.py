@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sparsekit.errors import CurvatureError
+
+#: Times its tolerance up to which the residual of a solve that stopped short of it is accepted.
+SLACK = 100
 
 
 @dataclass(frozen=True)
@@ -18,12 +24,29 @@ class ConjugateGradients:
         iterations: products with A that were taken.
         residual: ‖b − A x‖ / ‖b‖ in the preconditioner's norm, as the recursion carries it.
         converged: whether `residual` fell to the tolerance.
+
+    The residual is NaN where bᵀM⁻¹b is negative, of a preconditioner that is not positive definite.
     """
 
     solution: Tensor
     iterations: int
     residual: float
     converged: bool
+
+    def accepted(self, tolerance: float) -> ConjugateGradients:
+        """This solve, if its residual is at most SLACK times the tolerance that was asked for.
+
+        In float32 rounding can use up the precision before the tolerance is met; such a solution is of use still.
+
+        Raises:
+            CurvatureError: the residual is larger, or not a number.
+        """
+        if not self.converged and not self.residual <= SLACK * tolerance:
+            raise CurvatureError(
+                f"conjugate gradients stopped after {self.iterations} iterations with the relative residual "
+                f"{self.residual:.1e} ({tolerance:.0e} was asked for); raise the damping"
+            )
+        return self
 
 
 @torch.no_grad()
@@ -39,7 +62,10 @@ def conjugate_gradients(
     """Solve A x = b for symmetric positive definite A.
 
     Stops when √(rᵀM⁻¹r) ≤ tolerance · √(bᵀM⁻¹b), with r = b − A x and the preconditioner M⁻¹; the norm of
-    M⁻¹ rather than the plain one, because the scales of weights in a network differ by orders of magnitude.
+    M⁻¹ rather than the plain one, because the scales of weights in a network differ by orders of magnitude. It
+    also stops after `max_iterations`, or where a direction's curvature is not positive; what came out is then
+    returned with `converged=False`, and nothing is raised: the caller decides. `LinearOperator.minimise` and
+    `Principal` ask `accepted` of the result, and so take a residual of up to SLACK = 100 times the tolerance.
     ½xᵀAx − bᵀx falls at every iteration, so the result is never worse than `start`.
 
     Args:
@@ -72,5 +98,6 @@ def conjugate_gradients(
         rz, previous = torch.dot(r, z), rz
         direction = z + (rz / previous) * direction
         iterations += 1
-    residual = (max(float(rz), 0.0) / float(scale)) ** 0.5 if float(scale) > 0 else 0.0
-    return ConjugateGradients(x, iterations, residual, bool(float(rz) <= threshold))
+    norm = float(scale)
+    residual = (max(float(rz), 0.0) / norm) ** 0.5 if norm > 0 else (0.0 if norm == 0 else math.nan)
+    return ConjugateGradients(x, iterations, residual, norm >= 0 and float(rz) <= threshold)

@@ -369,6 +369,9 @@ class Principal(LinearOperator):
 
     For an operator that was fitted to the inverse of the *surviving* block (H_SS)⁻¹: coordinates outside S
     are gone. H is known by conjugate gradients only, so constrained minima use the products with Σ.
+
+    Raises:
+        CurvatureError: on `solve`, where conjugate gradients do not converge.
     """
 
     has_direct_solve = False
@@ -385,23 +388,27 @@ class Principal(LinearOperator):
         return inside + (1 - self._inside) * self._diagonal[:, None] * X
 
     def _solve(self, B: Tensor) -> Tensor:
-        columns = [
-            conjugate_gradients(
+        tolerance = 1e-6
+        columns = []
+        for b in B.mT:
+            report = conjugate_gradients(
                 lambda v: self @ v,
                 b,
                 preconditioner=lambda v: v / self._diagonal,
-                tolerance=1e-6,
+                tolerance=tolerance,
                 max_iterations=2000,
-            ).solution
-            for b in B.mT
-        ]
+            )
+            columns.append(report.accepted(tolerance).solution)
         return torch.stack(columns, dim=1)
 
     def diagonal(self) -> Tensor:
         return self._diagonal
 
     def inverse_diagonal(self) -> Tensor:
-        """1 / diag Σ, a lower bound of diag H; used as a preconditioner only."""
+        """1/Σ_ii, (n,): not diag H but a lower bound of it, exact outside S; for preconditioners only.
+
+        H = Σ⁻¹ is known by its products alone, so that its diagonal would take a solve for each coordinate.
+        """
         return self._diagonal.reciprocal()
 
     def blocks(self, index: Tensor) -> Tensor:

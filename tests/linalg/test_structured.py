@@ -12,6 +12,7 @@ from sparsekit.linalg import (
     Principal,
     RepeatedBlock,
 )
+from sparsekit.linalg.iterative import ConjugateGradients
 
 
 def draw(*shape, seed=0):
@@ -242,3 +243,21 @@ def test_no_convergence_is_an_error():
     operator = KroneckerDiagonal(left, left, torch.logspace(-8, 8, 64, dtype=torch.float64).view(8, 8), orthogonal=True)
     with pytest.raises(CurvatureError, match="raise the damping"):
         operator.minimise(torch.arange(64) % 2 == 0, draw(64), max_iterations=2)
+
+
+@pytest.mark.parametrize("q", [[3.0, -1.0], [-1.0, -3.0]], ids=["indefinite", "negative"])
+def test_a_principal_part_that_cannot_be_solved_is_an_error(q):
+    turn = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5
+    base = KroneckerDiagonal(torch.ones(1, 1), turn, torch.tensor([q]), orthogonal=True)
+    with pytest.raises(CurvatureError, match="conjugate gradients stopped after 0 iterations"):
+        Principal(base, torch.ones(2, dtype=torch.bool)).solve(torch.tensor([1.0, -1.0]))
+
+
+def test_a_residual_within_the_slack_is_accepted():
+    assert ConjugateGradients(draw(1), 5, 0.9e-4, False).accepted(1e-6).iterations == 5
+
+
+@pytest.mark.parametrize("residual", [1.1e-4, float("nan")])
+def test_a_residual_beyond_the_slack_is_an_error(residual):
+    with pytest.raises(CurvatureError, match="1e-06 was asked for"):
+        ConjugateGradients(draw(1), 5, residual, False).accepted(1e-6)
