@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsekit.errors import RecordError
-from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.parameters import ParameterSpace
 
 #: Raised whenever a field below changes its name, meaning or unit; part of every run's identity.
 SCHEMA_VERSION = 1
@@ -123,14 +123,21 @@ def _reported(action: str, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`: what is written there is synced and takes its place, or vanishes."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`: what is written there is synced and takes its place, or vanishes.
+
+    Raises:
+        RecordError: the disk refuses; the old file, if any, is untouched and nothing is left beside it.
+    """
     # Not tempfile: its files are readable by their owner alone, results are to be shared as umask says.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with _reported("write", path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
+            temporary.chmod(mode)  # safetensors puts a file of its own there, for its owner alone
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -152,36 +159,20 @@ def atomic_write(path: Path, content: bytes) -> None:
     Raises:
         RecordError: the disk refuses; the old file, if any, is untouched and nothing is left beside it.
     """
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     # A copy each, because safetensors refuses tensors that share memory, and tied weights do.
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file(copies, temporary, metadata=metadata)
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-
-
-def load_mask(path: Path, space: ParameterSpace) -> Mask:
-    """The mask of a `mask.safetensors`, on the CPU, in a space's flat order.
-
-    Raises:
-        RecordError: the file is missing, is not whole, or belongs to another set of parameters.
-    """
-    if not path.is_file():
-        raise RecordError(f"there is no mask at {path}; give the mask.safetensors of a finished run")
-    try:
-        tensors, _ = _load(path)
-    except (OSError, SafetensorError) as error:
-        raise RecordError(f"{path} cannot be read as a mask: {error}") from error
-    _check_kept(tensors, space, str(path))
-    return Mask(space.flatten(tensors))
 
 
 def _check_kept(kept: Mapping[str, Tensor], space: ParameterSpace, source: str) -> None:
@@ -236,17 +227,6 @@ class RunDirectory:
     def record_path(self) -> Path:
         """`record.json`."""
         return self.path / "record.json"
-
-    @property
-    def exists(self) -> bool:
-        """Whether the run has left a record."""
-        return self.record_path.is_file()
-
-    @property
-    def finished(self) -> bool:
-        """Whether the record says that the run came to its end."""
-        record = self.read()
-        return record is not None and record.status == "finished"
 
     def read(self) -> RunRecord | None:
         """The record, or None where there is none.

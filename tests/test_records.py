@@ -20,7 +20,6 @@ from sparsekit.records import (
     RunRecord,
     StepRecord,
     atomic_write,
-    load_mask,
     run_key,
 )
 
@@ -160,21 +159,6 @@ def test_no_record_reads_as_none(run):
     assert run.read() is None
 
 
-def test_a_run_without_record_does_not_exist(run):
-    assert not run.exists
-
-
-def test_a_run_with_a_record_exists(run):
-    run.write(record())
-    assert run.exists
-
-
-@pytest.mark.parametrize(("status", "finished"), [("running", False), ("finished", True)])
-def test_finished_is_what_the_record_says(run, status, finished):
-    run.write(record(status=status))
-    assert run.finished is finished
-
-
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"schema_version": 1}'])
 def test_a_damaged_record_is_refused_with_its_name(run, content):
     run.path.mkdir(parents=True)
@@ -242,6 +226,12 @@ def test_written_files_are_as_shared_as_the_umask_says(tmp_path):
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
+def test_written_tensors_are_as_shared_as_the_umask_says(run):
+    run.write_result(SPACE, {"a": torch.ones(1)}, kept())
+    (run.path / "other").touch()
+    assert (run.path / "weights.safetensors").stat().st_mode == (run.path / "other").stat().st_mode
+
+
 # --- results
 
 
@@ -258,39 +248,20 @@ def test_tied_weights_are_written_under_both_names(run):
     assert set(load_file(run.path / "weights.safetensors")) == {"a", "b"}
 
 
-def test_mask_is_read_back_in_flat_order(run):
-    run.write_result(SPACE, {}, kept())
-    mask = load_mask(run.path / "mask.safetensors", SPACE)
-    assert torch.equal(mask.kept, SPACE.flatten(kept()))
-
-
 def test_mask_file_says_what_true_means(run):
     run.write_result(SPACE, {}, kept())
     with safe_open(run.path / "mask.safetensors", framework="pt") as file:
         assert file.metadata()["meaning"] == "True = kept"
 
 
-def test_a_missing_mask_is_named(tmp_path):
-    with pytest.raises(RecordError, match="there is no mask at"):
-        load_mask(tmp_path / "mask.safetensors", SPACE)
-
-
-def test_a_damaged_mask_is_named(tmp_path):
-    (tmp_path / "mask.safetensors").write_bytes(b"no")
-    with pytest.raises(RecordError, match=r"mask\.safetensors cannot be read as a mask"):
-        load_mask(tmp_path / "mask.safetensors", SPACE)
-
-
-def test_a_mask_of_other_parameters_is_refused(run):
-    run.write_result(SPACE, {}, kept())
+def test_a_mask_of_other_parameters_is_not_written(run):
     with pytest.raises(RecordError, match="only one of the two has: b.weight"):
-        load_mask(run.path / "mask.safetensors", ParameterSpace({"a.weight": (2, 3)}))
+        run.write_result(ParameterSpace({"a.weight": (2, 3)}), {}, kept())
 
 
-def test_a_mask_of_another_shape_is_refused(run):
-    run.write_result(SPACE, {}, kept())
+def test_a_mask_of_another_shape_is_not_written(run):
     with pytest.raises(RecordError, match=r"shape \(4, 1\); torch.bool of shape \(1, 4\)"):
-        load_mask(run.path / "mask.safetensors", ParameterSpace({"a.weight": (2, 3), "b.weight": (1, 4)}))
+        run.write_result(ParameterSpace({"a.weight": (2, 3), "b.weight": (1, 4)}), {}, kept())
 
 
 def test_a_mask_that_is_not_bool_is_not_written(run):

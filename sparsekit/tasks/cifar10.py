@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from sparsekit.errors import DataError
 from sparsekit.interfaces import FinetuneSettings, Split, Task, TaskSettings
 from sparsekit.likelihoods import Categorical
 from sparsekit.models import load_checkpoint, resnet
-from sparsekit.tasks.images import ImageBatches, cache_directory
+from sparsekit.tasks.images import ImageBatches, cache_directory, into_cache
 
 File = Literal["train", "test"]
 
@@ -161,12 +160,10 @@ class Cifar10(Task):
                 return arrays["images"], arrays["labels"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # not there yet, or not whole
-        images, labels = _decode(paths)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("wb") as out:
-            np.savez(out, images=images, labels=labels)
-        os.replace(temporary, cached)
+        with into_cache(cached) as temporary:  # a cache that cannot be written is said before decoding
+            images, labels = _decode(paths)
+            with temporary.open("wb") as out:
+                np.savez(out, images=images, labels=labels)
         return images, labels
 
 

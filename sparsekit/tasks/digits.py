@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from sparsekit.interfaces import FinetuneSettings, Split, Task
 from sparsekit.likelihoods import Categorical
 from sparsekit.models import DigitsNet, load_checkpoint
 from sparsekit.parameters import Mask, ParameterSpace
-from sparsekit.tasks.images import ImageBatches, cache_directory
+from sparsekit.tasks.images import ImageBatches, cache_directory, into_cache
 
 #: 1,797 images: these for training, the rest split between tuning (even) and reporting (odd).
 TRAINING = 1297
@@ -59,11 +58,9 @@ class Digits(Task):
         try:
             load_checkpoint(model, cached)
         except DataError:  # not there yet, or not whole
-            self._train(model)
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-            save_file(model.state_dict(), temporary)
-            os.replace(temporary, cached)
+            with into_cache(cached) as temporary:  # a cache that cannot be written is said before training
+                self._train(model)
+                save_file(model.state_dict(), temporary)
         return model.eval()
 
     def _cached_network(self) -> Path:

@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
 import torch
 from torch import Tensor
 
+from sparsekit.errors import DataError, RecordError
 from sparsekit.objective import Batch
+from sparsekit.records import replacing
 
 
 def cache_directory() -> Path:
     """$SPARSEKIT_CACHE, or the platform's folder for caches."""
     return Path(os.environ.get("SPARSEKIT_CACHE") or platformdirs.user_cache_dir("sparsekit"))
+
+
+@contextmanager
+def into_cache(path: Path) -> Iterator[Path]:
+    """A temporary file in the cache: what is written there takes the place of `path`, or vanishes.
+
+    Raises:
+        DataError: the cache cannot be written; said on entering where the folder is at fault.
+    """
+    try:
+        with replacing(path) as temporary:
+            yield temporary
+    except RecordError as error:
+        raise DataError(
+            f"the cache cannot be written: {error}, or set the environment variable SPARSEKIT_CACHE to a folder "
+            "that can be written"
+        ) from error
 
 
 class ImageBatches:

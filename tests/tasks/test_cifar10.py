@@ -173,6 +173,14 @@ def test_damaged_cache_is_decoded_again(task, parquet, own_cache, arrays, kept):
     np.testing.assert_array_equal(read(task(parquet), "tuning")[0], arrays["test"][0][::2])
 
 
+def test_a_cache_that_cannot_be_written_is_named_before_decoding(task, parquet, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(cifar10, "_decode", lambda _: pytest.fail("images were decoded"))
+    with pytest.raises(DataError, match="cannot write .*set the environment variable SPARSEKIT_CACHE"):
+        task(parquet).batches("tuning", batch_size=2)
+
+
 def test_fingerprint_is_of_the_contents(task, parquet):
     before = task(parquet).fingerprint()
     path = parquet / "train-00001-of-00002.parquet"

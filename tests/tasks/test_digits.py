@@ -108,6 +108,21 @@ def test_another_recipe_does_not_find_the_old_network(brief, monkeypatch):
     assert len(list(brief.iterdir())) == 2
 
 
+def test_a_cache_that_cannot_be_written_is_named_before_training(brief, monkeypatch):
+    (brief / "file").touch()
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(brief / "file" / "cache"))
+    monkeypatch.setattr(Digits, "_train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(DataError, match="cannot write .*set the environment variable SPARSEKIT_CACHE"):
+        task().model()
+
+
+def test_the_cached_network_is_as_shared_as_the_umask_says(brief):
+    task().model()
+    (cached,) = brief.iterdir()
+    (brief / "other").touch()
+    assert cached.stat().st_mode == (brief / "other").stat().st_mode
+
+
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None], ids=["empty", "text", "truncated"])
 def test_damaged_cache_is_trained_again(brief, damage):
     first = task().model()
