@@ -26,17 +26,15 @@ Split = Literal["train", "tuning", "reporting"]
 
 
 class Settings(BaseModel):
-    """Frozen data; unknown keys are refused."""
+    """Frozen data; unknown keys are refused, and numbers that are not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class EstimatorSettings(Settings):
     """What every curvature estimator can be told. An estimator adds its own and may change defaults."""
 
-    damping: float = Field(
-        0.1, gt=0, allow_inf_nan=False, description="γ, added to the Fisher's diagonal; see damping_scale"
-    )
+    damping: float = Field(0.1, gt=0, description="γ, added to the Fisher's diagonal; see damping_scale")
     damping_scale: Literal["absolute", "relative"] = Field(
         "relative", description="relative: γ is `damping` times the mean of the Fisher's diagonal"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from sparsekit.errors import SettingsError
 from sparsekit.interfaces import CompensationSettings, FinetuneSettings, Settings, Split
@@ -63,6 +63,12 @@ class RunSettings(Settings):
     exclude: tuple[str, ...] = Field((), description="shell patterns of parameter names to leave alone")
     output: str = Field("runs", description="folder of the runs' directories")
     tracking: TrackingSettings = Field(TrackingSettings())
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _one_level(cls, given: Any) -> Any:
+        """A single level need not be written as a list."""
+        return (given,) if isinstance(given, int | float | str) else given
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,8 @@ def _sentence(model: type[BaseModel], item: Any, where: str) -> str:
         return f"there is no setting '{path}'{guess} Known: {', '.join(sorted(fields))}"
     if not path:
         return str(item["msg"])
-    return f"{path} = {item['input']!r} is not valid: {item['msg'][0].lower()}{item['msg'][1:]}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{path} = {item['input']!r} is not valid: {message[0].lower()}{message[1:]}"
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[str]) -> Mapping[str, Any]:

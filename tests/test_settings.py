@@ -39,6 +39,12 @@ def test_resolved_settings_resolve_to_themselves(registry):
         ({"estimator": {"name": "obs", "damping": "small"}}, "estimator.damping = 'small' is not valid"),
         ({"sparsity": [1.0]}, r"sparsity.0 = 1.0 is not valid"),
         ({"sparsity": [-0.1]}, r"sparsity.0 = -0.1 is not valid"),
+        ({"sparsity": 1.5}, r"sparsity.0 = 1.5 is not valid"),
+        ({"sparsity": "most"}, r"sparsity.0 = 'most' is not valid"),
+        ({"sparsity": float("nan")}, r"sparsity.0 = nan is not valid: input should be a finite number"),
+        ({"sparsity": [float("nan")]}, r"sparsity.0 = nan is not valid: input should be a finite number"),
+        ({"finetune": {"epochs": float("inf")}}, "finetune.epochs = inf is not valid: input should be a finite number"),
+        ({"pattern": {"name": "n:m", "n": 4}}, "pattern = {'n': 4} is not valid: n:m keeps n of m weights"),
         ({"finetune": {"epoch": 1}}, "no setting 'finetune.epoch'; did you mean 'epochs'"),
         ({"tracking": {"url": "x"}}, "no setting 'tracking.url'; did you mean 'uri'"),
         ({"estimatr": "obs"}, "no setting 'estimatr'; did you mean 'estimator'"),
@@ -50,6 +56,15 @@ def test_resolved_settings_resolve_to_themselves(registry):
 def test_a_bad_setting_is_one_sentence(registry, raw, message):
     with pytest.raises(SettingsError, match=message):
         resolve(raw, registry)
+
+
+@pytest.mark.parametrize("raw", [{"sparsity": 0.9}, {"sparsity": 0}, parse_assignment("sparsity=0.9")])
+def test_a_single_sparsity_need_not_be_a_list(registry, raw):
+    assert resolve(raw, registry).sparsity == (raw["sparsity"],)
+
+
+def test_a_single_sparsity_takes_the_place_of_a_list():
+    assert merge({"sparsity": [0.5, 0.9]}, {"sparsity": 0.8}) == {"sparsity": 0.8}
 
 
 def test_an_option_wins_over_the_file_and_keeps_its_other_settings():

@@ -25,7 +25,7 @@ from sparsekit.linalg import DirectSum, RepeatedBlock
 class LayerwiseSettings(EstimatorSettings):
     """Settings of `obs-layerwise`."""
 
-    damping: float = Field(0.01, gt=0, allow_inf_nan=False, description="γ, added to each layer's Hessian")
+    damping: float = Field(0.01, gt=0, description="γ, added to each layer's Hessian")
     damping_scale: Literal["absolute", "relative"] = Field(
         "relative", description="relative: γ is `damping` times the mean of each layer's own diagonal"
     )
