@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.errors import DataError
+from sparsekit.errors import DataError, SettingsError
 from sparsekit.interfaces import measure
 from sparsekit.likelihoods import Likelihood, Loss, as_likelihood
-from sparsekit.objective import Batch
+from sparsekit.objective import Batch, Objective, pairs
 from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.provenance import available_memory
 from sparsekit.pruner import Metrics, Pruner, StepCompleted
@@ -43,6 +43,7 @@ class Pruned:
     skipped: Mapping[str, str]
 
 
+@torch.inference_mode(False)  # gradients are taken here, whatever the caller has switched off
 def prune(
     model: nn.Module,
     data: Iterable[Batch],
@@ -66,8 +67,9 @@ def prune(
     """Prune a trained network and move the surviving weights to make up for it.
 
     Args:
-        model: any module from a batch of inputs to a batch of outputs, on any device.
-        data: batches (inputs, targets) of training examples; calibration and fine-tuning use them.
+        model: any module from one tensor of inputs to one of outputs, on the CPU or a CUDA device; MPS lacks the
+            float64 that sums are taken in.
+        data: batches (inputs, targets), pairs of tensors, of training examples; calibration and fine-tuning use them.
         loss: 'categorical', 'bernoulli', 'gaussian', a plain torch loss, or a `Likelihood`. Any other callable
             has no distribution to sample labels from: then give the estimator fisher='empirical'.
         sparsity: fraction of the prunable weights to remove, in [0, 1).
@@ -78,7 +80,8 @@ def prune(
         steps: cuts with fine-tuning after each; no effect on one-shot.
         substeps: parts of each cut, with the curvature refreshed between them.
         compensation: 'joint', 'independent', 'none' or 'exact', or a mapping with `how` and settings.
-        finetune: settings such as {"epochs": 1, "learning_rate": 0.01}; without it there is none.
+        finetune: settings such as {"epochs": 1, "learning_rate": 0.01}; without it there is none. `batch_size` is not
+            among them: the batches are those of `data`.
         evaluation: batches, or model -> metrics; by default the loss and accuracy on `data`.
         include: shell patterns of parameter names to prune; by default weights of two or more dimensions.
         exclude: shell patterns that win over `include`.
@@ -88,6 +91,11 @@ def prune(
     Raises:
         SparsekitError: settings, data or model cannot be used; the message says what to do.
     """
+    if "batch_size" in (finetune or {}):
+        raise SettingsError(
+            "finetune.batch_size has no effect here, fine-tuning takes the batches of data as they are; leave it out "
+            "and give data in batches of that size"
+        )
     raw: dict[str, Any] = {
         "estimator": estimator,
         "saliency": saliency,
@@ -107,6 +115,7 @@ def prune(
     device = next(model.parameters()).device
     resolved.classes["estimator"].check(model, space, resolved.options["estimator"], available_memory(device))
     batches: Iterable[Batch] = list(data) if isinstance(data, Iterator) else data
+    Objective(model, likelihood, batches, space).check()
     options: Any = resolved.options["estimator"]
     judge: Iterable[Batch] | Callable[[nn.Module], Metrics] = batches if evaluation is None else evaluation
     if isinstance(judge, Iterator):
@@ -142,7 +151,7 @@ def _calibration(batches: Iterable[Batch], examples: int, batch_size: int) -> li
     """The first `examples` of the batches, cut anew into batches of `batch_size`."""
     taken: list[Batch] = []
     count = 0
-    for inputs, targets in batches:
+    for inputs, targets in pairs(batches):
         taken.append((inputs[: examples - count], targets[: examples - count]))
         count += len(taken[-1][1])
         if count == examples:

@@ -11,7 +11,7 @@ from torch import nn
 from sparsekit.errors import CurvatureError
 from sparsekit.interfaces import FinetuneSettings
 from sparsekit.likelihoods import Likelihood
-from sparsekit.objective import Batch
+from sparsekit.objective import Batch, pairs, tensor_outputs
 from sparsekit.parameters import Mask, ParameterSpace
 
 
@@ -46,6 +46,7 @@ def finetune(
 
     Raises:
         CurvatureError: the loss is not finite.
+        DataError, ModelError: a batch is no pair of tensors, or the model's output is none.
     """
     total = math.ceil(settings.epochs * batches_per_epoch)
     if total == 0:
@@ -65,29 +66,30 @@ def finetune(
     model.train()
     taken = 0
     try:
-        while taken < total:
-            for inputs, targets in batches():
-                optimiser.zero_grad(set_to_none=True)
-                loss = likelihood.losses(model(inputs.to(device)), targets.to(device)).mean()
-                if not bool(loss.isfinite()):
-                    raise CurvatureError(
-                        f"the loss became {float(loss.detach())} in fine-tuning step {taken}; "
-                        "lower finetune.learning_rate"
-                    )
-                loss.backward()
-                optimiser.step()
-                schedule.step()
-                with torch.no_grad():
-                    for name, parameter in tensors.items():
-                        parameter.masked_fill_(gone[name], 0.0)
-                        momentum = optimiser.state[parameter].get("momentum_buffer")
-                        if momentum is not None:
-                            momentum.masked_fill_(gone[name], 0.0)
-                taken += 1
-                if progress is not None:
-                    progress(taken, total)
-                if taken == total:
-                    break
+        with tensor_outputs(model), torch.enable_grad():  # whatever the caller has switched off
+            while taken < total:
+                for inputs, targets in pairs(batches(), device):
+                    optimiser.zero_grad(set_to_none=True)
+                    loss = likelihood.losses(model(inputs), targets).mean()
+                    if not bool(loss.isfinite()):
+                        raise CurvatureError(
+                            f"the loss became {float(loss.detach())} in fine-tuning step {taken}; "
+                            "lower finetune.learning_rate"
+                        )
+                    loss.backward()
+                    optimiser.step()
+                    schedule.step()
+                    with torch.no_grad():
+                        for name, parameter in tensors.items():
+                            parameter.masked_fill_(gone[name], 0.0)
+                            momentum = optimiser.state[parameter].get("momentum_buffer")
+                            if momentum is not None:
+                                momentum.masked_fill_(gone[name], 0.0)
+                    taken += 1
+                    if progress is not None:
+                        progress(taken, total)
+                    if taken == total:
+                        break
     finally:
         optimiser.zero_grad(set_to_none=True)
         for module, training in modes.items():

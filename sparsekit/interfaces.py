@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsekit.curvature.rows import FisherKind
 from sparsekit.errors import CurvatureError, SettingsError
 from sparsekit.likelihoods import Likelihood
-from sparsekit.objective import Batch, Objective, as_found
+from sparsekit.objective import Batch, Objective, as_found, pairs
 from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.removal import Compensation, InverseFisher
 
@@ -378,12 +378,16 @@ class Task(ABC):
 
 
 def measure(model: nn.Module, likelihood: Likelihood, batches: Iterable[Batch]) -> dict[str, float]:
-    """The mean loss over the examples, and accuracy in [0, 1] where the likelihood has one."""
+    """The mean loss over the examples, and accuracy in [0, 1] where the likelihood has one.
+
+    Raises:
+        DataError, ModelError: a batch is no pair of tensors, or the model's output is none.
+    """
     device = next(model.parameters()).device
     loss, right, count, has_accuracy = 0.0, 0.0, 0, True
     with as_found(model), torch.no_grad():
-        for inputs, given in batches:
-            output, targets = model(inputs.to(device)), given.to(device)
+        for inputs, targets in pairs(batches, device):
+            output = model(inputs)
             loss += float(likelihood.losses(output, targets).double().sum())
             accuracy = likelihood.accuracy(output, targets)
             has_accuracy = accuracy is not None

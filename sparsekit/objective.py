@@ -6,15 +6,67 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsekit.errors import CurvatureError, DataError
+from sparsekit.errors import CurvatureError, DataError, ModelError
 from sparsekit.likelihoods import Likelihood
 from sparsekit.parameters import ParameterSpace
 
 Batch = tuple[Tensor, Tensor]
+
+
+def pairs(batches: Iterable[Any], device: torch.device | None = None) -> Iterator[Batch]:
+    """The batches, looked at one by one and moved to a device: all data come in through here.
+
+    Args:
+        batches: each a tuple or list (inputs, targets) of two tensors with one row an example.
+        device: where they are needed; None leaves them where they are.
+
+    Raises:
+        DataError: a batch is something else.
+    """
+    for batch in batches:
+        if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
+            raise DataError(
+                f"the data gave a batch of {_kind(batch)}; a pair of tensors (inputs, targets) was needed: map each "
+                "batch to such a pair, and wrap a model that takes several inputs in one that takes a single tensor"
+            )
+        inputs, targets = batch
+        if not (inputs.dim() and targets.dim() and len(inputs) == len(targets)):
+            raise DataError(
+                f"the data gave a batch of inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)}; as many "
+                "rows in the one as in the other were needed, a row an example: mend the data"
+            )
+        if device is not None:
+            inputs, targets = (t.to(device, non_blocking=True) for t in (inputs, targets))
+        yield inputs, targets
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, tuple | list) and len(value) <= 4:
+        return f"{type(value).__name__} ({', '.join(type(part).__name__ for part in value)})"
+    return f"type {type(value).__name__}"
+
+
+@contextmanager
+def tensor_outputs(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, a call of the model that does not return one tensor is a ModelError."""
+
+    def check(_model: nn.Module, _args: Any, output: object) -> None:
+        if not isinstance(output, Tensor):
+            raise ModelError(
+                f"the model {type(model).__name__} returned {_kind(output)}; one tensor was needed: wrap it in a "
+                "module that returns its logits alone"
+            )
+
+    handle = model.register_forward_hook(check)
+    try:
+        yield model
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -22,13 +74,15 @@ def as_found(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode inside; modes, `requires_grad` and gradients as they were found afterwards.
 
     Per-example gradients are not defined under batch statistics, and dropout would make them another
-    function's; so curvature is always that of the network in evaluation mode.
+    function's; so curvature is always that of the network in evaluation mode. Outputs that are not tensors are
+    refused, see `tensor_outputs`.
     """
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval()
     try:
-        yield model
+        with tensor_outputs(model):
+            yield model
     finally:
         for module, training in modes.items():
             module.training = training
@@ -64,14 +118,28 @@ class Objective:
         return next(self.model.parameters()).dtype
 
     def on_device(self) -> Iterator[Batch]:
-        """The batches, moved to the model's device."""
-        device = self.device
-        for inputs, targets in self.batches:
-            yield inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        """The batches, moved to the model's device; a DataError where one is no pair of tensors, see `pairs`."""
+        yield from pairs(self.batches, self.device)
+
+    def check(self) -> None:
+        """One batch through the model and the loss, so that what cannot be used is refused before any work.
+
+        Raises:
+            DataError, ModelError: the batch is no pair of tensors, or the model's output is none.
+            CurvatureError: a loss is not finite.
+        """
+        with as_found(self.model), torch.no_grad():
+            for inputs, targets in self.on_device():
+                losses = self.likelihood.losses(self.model(inputs), targets)
+                if not bool(losses.isfinite().all()):
+                    raise CurvatureError(
+                        "the loss is not finite at the weights given; check the data, the loss and the checkpoint"
+                    )
+                return
 
     def count(self) -> int:
         """The number of examples, N."""
-        return sum(len(targets) for _, targets in self.batches)
+        return sum(len(targets) for _, targets in pairs(self.batches))
 
     def loss(self) -> float:
         """L(w) at the model's present weights."""
@@ -86,7 +154,7 @@ class Objective:
     def gradient(self) -> Tensor:
         """∇L(w), (n,)."""
         total, count = None, 0
-        with as_found(self.model):
+        with as_found(self.model), torch.enable_grad():
             tensors = self.space.tensors(self.model)
             for parameter in tensors.values():
                 parameter.requires_grad_(True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsekit import builtins
 from sparsekit.errors import DataError, RecordError, SettingsError
 from sparsekit.interfaces import CompensationSettings, CurvatureEstimator, Task
-from sparsekit.objective import Batch
+from sparsekit.objective import Batch, Objective
 from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.provenance import available_memory, machine, now, peak_memory, plugins_used
 from sparsekit.provenance import identity as run_identity
@@ -160,6 +160,9 @@ def execute(
                 f"an unfinished run with these settings is in {directory.path}; "
                 "go on with --resume, or start again with --fresh"
             )
+        batch_size: int = resolved.options["estimator"].batch_size  # type: ignore[attr-defined]
+        first = task.batches("train", batch_size=batch_size, limit=batch_size)
+        Objective(model, task.likelihood, first, shown.space).check()  # nothing is written for what cannot work
         if uri is not None:
             initialise(uri, settings.tracking.experiment)  # an address that cannot work is said now, not later
         if fresh:

@@ -94,3 +94,74 @@ def test_a_loss_that_is_nan(model, data):
         model[0].weight.fill_(float("nan"))
     with pytest.raises(CurvatureError, match="not finite|NaN"):
         sparsekit.prune(model, data, loss="categorical", estimator=FISHLEG)
+
+
+def refused(_model):
+    pytest.fail("work was done before the data were looked at")
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [{"inputs": torch.ones(2, 6), "labels": torch.zeros(2)}, (torch.ones(2, 6),) * 3, torch.ones(2, 6)],
+    ids=["dict", "three", "tensor"],
+)
+def test_batches_that_are_no_pairs_are_refused_before_any_work(model, batch):
+    with pytest.raises(DataError, match=r"a pair of tensors \(inputs, targets\) was needed"):
+        sparsekit.prune(model, [batch], loss="categorical", estimator=FISHLEG, evaluation=refused)
+
+
+def test_an_output_that_is_no_tensor_is_refused_before_any_work(model, data):
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return {"logits": self.inner(x)}
+
+    with pytest.raises(ModelError, match="Packed returned type dict; one tensor was needed"):
+        sparsekit.prune(Packed(), data, loss="categorical", estimator=FISHLEG, evaluation=refused)
+
+
+def test_a_later_batch_that_is_no_pair_is_refused(model, data):
+    with pytest.raises(DataError, match="a batch of type dict"):
+        sparsekit.prune(model, [*data, {}], loss="categorical", estimator=FISHLEG)
+
+
+def test_the_batch_size_of_finetuning_is_that_of_the_data(model, data):
+    with pytest.raises(SettingsError, match="finetune.batch_size has no effect here.*leave it out"):
+        sparsekit.prune(
+            model, data, loss="categorical", estimator=FISHLEG, finetune={"epochs": 1, "batch_size": 8}, sparsity=0.5
+        )
+
+
+def test_a_sparsity_that_is_no_number(model, data):
+    with pytest.raises(SettingsError, match="sparsity.0 = nan is not valid: input should be a finite number"):
+        sparsekit.prune(model, data, loss="categorical", estimator=FISHLEG, sparsity=float("nan"))
+
+
+@pytest.mark.parametrize("estimator", [FISHLEG, {**FISHLEG, "name": "obs"}], ids=lambda e: e["name"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_the_callers_mode_of_gradients_does_not_matter(model, data, estimator, mode):
+    def pruned():
+        out = sparsekit.prune(
+            model,
+            data,
+            loss="categorical",
+            estimator=estimator,
+            sparsity=0.5,
+            finetune={"epochs": 1},
+            compensation={"how": "joint", "first_order": 1.0},
+        )
+        return [parameter.detach() for parameter in out.model.parameters()]
+
+    with mode():
+        inside = pruned()
+    assert all(torch.equal(a, b) for a, b in zip(inside, pruned(), strict=True))
+
+
+def test_a_frozen_layer_is_left_alone(model, data):
+    model[0].requires_grad_(False)
+    pruned = sparsekit.prune(model, data, loss="categorical", estimator=FISHLEG, sparsity=0.5)
+    assert list(pruned.mask) == ["2.weight"]
+    assert pruned.skipped["0.weight"] == "frozen (requires_grad=False)"

@@ -69,3 +69,9 @@ def test_a_loss_that_is_not_finite_is_an_error(problem):
         model[0].weight[0, 0] = float("nan")
     with pytest.raises(CurvatureError, match="lower finetune.learning_rate"):
         train(problem, Mask.full(space.size))
+
+
+def test_the_callers_mode_of_gradients_does_not_matter(problem):
+    _, _, space = problem
+    with torch.no_grad():
+        assert train(problem, Mask.full(space.size)) == 30

@@ -8,6 +8,7 @@ import yaml
 from safetensors.torch import load_file
 
 from sparsekit.cli import main
+from sparsekit.models import DigitsNet
 
 FAST = [
     "--set",
@@ -112,6 +113,10 @@ def test_a_dry_run_as_json_shows_resolved_settings(cli):
         (["--set", "estimator.dampin=1"], "did you mean 'damping'"),
         (["--sparsity", "1.5"], "sparsity.0 = 1.5 is not valid"),
         (["--sparsity", "1"], "sparsity.0 = 1.0 is not valid"),
+        (["--sparsity", "nan"], "sparsity.0 = nan is not valid: input should be a finite number"),
+        (["--set", "sparsity=1.2"], "sparsity.0 = 1.2 is not valid"),
+        (["--set", "finetune.epochs=inf"], "finetune.epochs = inf is not valid"),
+        (["--pattern", "n:m", "--set", "pattern.m=1000"], "has no group of 1000"),
         (["--set", "estimator.damping=0"], "estimator.damping = 0 is not valid"),
         (["--set", "estimator.examples=5000"], "needs 5000 calibration examples"),
         (["--config", "nowhere.yaml"], "'nowhere.yaml' cannot be read"),
@@ -129,6 +134,16 @@ def test_bad_input_is_one_message_and_exit_code_2(cli, tmp_path, args, message):
     assert out == ""
     assert message in err and err.count("\n") == 1
     assert not list(tmp_path.glob("runs/digits*"))
+
+
+def test_a_loss_that_is_not_finite_leaves_no_record(cli, tmp_path):
+    weights = {name: tensor * 1e30 for name, tensor in DigitsNet().state_dict().items()}
+    torch.save(weights, tmp_path / "huge.pt")
+    code, out, err = cli("run", "--checkpoint", str(tmp_path / "huge.pt"))
+    assert code == 2
+    assert out == ""
+    assert "the loss is not finite" in err and err.count("\n") == 1
+    assert not list(tmp_path.glob("runs/digits*")) and not (tmp_path / "runs" / "mlflow.db").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
