@@ -21,6 +21,7 @@ from sparsekit.testing import (
     estimator_checks,
     rank_one_inverse,
 )
+from sparsekit.testing.case import cuts
 
 
 class DenseSettings(EstimatorSettings):
@@ -259,6 +260,16 @@ class RecursesInSingle(Dense):
         return InverseFisher(DenseInverse(rank_one_inverse(rows.float(), gamma)), gamma)
 
 
+class LosesTheCurvature(Dense):
+    """As where entries of the precision underflow to zero: no cut costs anything."""
+
+    def inverse(self, damping=None):
+        gamma = super().inverse(damping).damping
+        operator = DenseInverse(torch.eye(self.space.size) / gamma)
+        operator._solve = torch.zeros_like
+        return InverseFisher(operator, gamma)
+
+
 class DenseInverse(LinearOperator):
     """Σ as given, whatever it is."""
 
@@ -395,7 +406,7 @@ WRONG = [
     (BakesDamping, "another_damping", "the damping .* was asked for"),
     (KeepsDamping, "damping_is_not_kept", "Σ differs by up to"),
     (DividesByANorm, "large_damping", "γΣ at γ"),
-    (RecursesInSingle, "small_damping", "in float32"),
+    (LosesTheCurvature, "small_damping", "in float32"),
     (AveragesBatches, "order_of_examples", "Σ from one batch"),
     (CountsWholeBatches, "order_of_examples", "Σ from one batch"),
     (DividesByTheAsked, "mean_over_examples", "every example twice"),
@@ -406,6 +417,14 @@ WRONG = [
     (LeavesGradients, "model_is_left_as_found", "the gradient of 'head.bias'"),
     (Unfreezes, "model_is_left_as_found", "requires_grad of 'first.weight' differs"),
 ]
+
+
+def test_negative_costs_of_a_recursion_in_single_precision_are_refused_by_the_removal():
+    case = Case(RecursesInSingle, "tied", {"fisher": "exact"})
+    inverse = case.updated(case.objective(), damping=1e-8).inverse()
+    *_, cut = cuts(case.objective())
+    with pytest.raises(CurvatureError, match="which is negative: the inverse Fisher .* is not positive definite"):
+        inverse.remove(cut.weights, cut.mask, cut.chosen, "none")
 
 
 @pytest.mark.parametrize(("wrong", "check", "message"), WRONG, ids=lambda x: getattr(x, "__name__", None))
