@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,9 +10,10 @@ from sparsekit.testing import block_mask, dense_fisher, dense_inverse
 from sparsekit_fishleg.estimator import FishLeg, FishLegSettings
 
 DAMPING = 0.05
+HALF = Mask(torch.arange(48) % 2 == 0)
 
 
-def problem(include=None, count=96, conv=False, batch=8):
+def problem(include=None, count=96, conv=False, batch=8, dtype=torch.float64):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if conv:
@@ -22,8 +25,8 @@ def problem(include=None, count=96, conv=False, batch=8):
             model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
             inputs = torch.randn(count, 5)
         targets = torch.randint(3, (count,))
-    model = model.double()
-    batches = list(zip(inputs.double().split(batch), targets.split(batch), strict=True))
+    model = model.to(dtype)
+    batches = list(zip(inputs.to(dtype).split(batch), targets.split(batch), strict=True))
     return Objective(model, Categorical(), batches, ParameterSpace.of(model, include=include))
 
 
@@ -141,3 +144,25 @@ def test_a_gaussian_likelihood():
     batches = [(x, torch.zeros(len(y), 3, dtype=torch.float64)) for x, y in base.batches]
     objective = Objective(base.model, Gaussian(), batches, base.space)
     assert error(estimator(objective)[0], objective) < 0.2
+
+
+def test_training_the_factors_leaves_the_basis_of_the_spectrum():
+    """Otherwise the next refresh would carry the spectrum over from a basis in which it was never taken."""
+    objective = problem()
+    made, _ = estimator(objective, decay=0.5, after_cut="learn", auxiliary_steps=20, auxiliary_learning_rate=0.01)
+    made.shrink(HALF)
+    figures = made.update(objective, generator=torch.Generator().manual_seed(0))
+    assert figures["residual_after"] < figures["residual_before"]
+    spectra = [block.state["spectrum"].clone() for block in made._blocks]
+    made.update(objective, generator=torch.Generator().manual_seed(0))  # the same examples: the same model of F
+    for block, spectrum in zip(made._blocks, spectra, strict=True):
+        assert_close(block.state["spectrum"], spectrum, atol=1e-8, rtol=1e-6)
+
+
+def test_gradients_whose_squares_overflow():
+    base = problem(dtype=torch.float32)
+    batches = [(1e25 * x, y) for x, y in base.batches]
+    objective = replace(base, batches=batches, model=nn.Linear(5, 3))
+    objective = replace(objective, space=ParameterSpace.of(objective.model))
+    with pytest.raises(CurvatureError, match="squares of the gradients overflow"):
+        estimator(objective, fisher="empirical")
