@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -307,6 +308,45 @@ def test_batches_may_be_any_iterable():
     sequence, _ = estimator(base, auxiliary_steps=2)
     other, _ = estimator(replace(base, batches=torch.utils.data.DataLoader(base.batches, batch_size=None)))
     assert other.inverse().size == sequence.inverse().size
+
+
+def peak(run):
+    """Bytes held at most at one time among those allocated in a call, on the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"auxiliary_steps": 0},
+        {"auxiliary_steps": 0, "structure": "kronecker"},
+        {"auxiliary_steps": 3, "batch_size": 2},
+        {"auxiliary_steps": 3, "probes": 48, "batch_size": 2},
+        {"auxiliary_steps": 3, "refresh": "auxiliary", "after_cut": "learn", "batch_size": 2},
+        {"auxiliary_steps": 3, "products": "network", "probes": 2, "batch_size": 2},
+        {"auxiliary_steps": 3, "max_factor": 1},
+    ],
+    ids=str,
+)
+def test_the_memory_stated_covers_the_peak(settings):
+    chosen = FishLegSettings(**({"batch_size": 16, "check_every": 1} | settings))
+    model = nn.Sequential(nn.Linear(120, 200), nn.Tanh(), nn.Linear(200, 10))
+    batches = [(torch.randn(chosen.batch_size, 120), torch.randint(10, (chosen.batch_size,))) for _ in range(3)]
+    objective = Objective(model, Categorical(), batches, ParameterSpace.of(model))
+    kept = torch.rand(objective.space.size) > 0.3
+
+    def twice():
+        made, generator = FishLeg(objective.space, chosen), torch.Generator().manual_seed(0)
+        for _ in range(2):
+            made.update(objective, generator=generator)
+            made.inverse().operator.inverse_diagonal()
+            made.shrink(Mask(kept))
+
+    stated, measured = FishLeg.memory(objective.space, chosen), peak(twice)
+    assert measured <= stated < 3 * measured
 
 
 def test_one_batch_cannot_be_both_learned_from_and_held_out():

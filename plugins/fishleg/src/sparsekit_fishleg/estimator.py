@@ -71,6 +71,7 @@ class FishLeg(CurvatureEstimator):
 
     name: ClassVar[str] = "fishleg"
     Settings: ClassVar[type[EstimatorSettings]] = FishLegSettings
+    memory_settings: ClassVar[tuple[str, ...]] = ("batch_size", "probes", "max_factor")
 
     def __init__(self, space: ParameterSpace, settings: FishLegSettings) -> None:
         super().__init__(space, settings)
@@ -237,15 +238,29 @@ class FishLeg(CurvatureEstimator):
 
     @classmethod
     def memory(cls, space: ParameterSpace, settings: Any) -> int:
-        """Factors (bases and inverses, float32; moments, float64), training copies, spectra, and rows."""
-        factors = 0
-        for info in space.parameters:
-            block = _block(info.shape, settings)
-            if isinstance(block, KroneckerBlock):
-                factors += block.rows**2 + block.columns**2
-        training = 5 if settings.auxiliary_steps else 0  # parameters, gradients, two Adam moments, best so far
-        rows = settings.batch_size * space.size * 4 * 3
-        return factors * (8 + 4 * (2 + training)) + space.size * 4 * (3 + training) + rows
+        """Bytes of the state, and of the larger of what assimilation, the fit and the inverse take besides.
+
+        For a model in float32. Without what the network's own passes take (activations, patches of convolutions),
+        which depends on the inputs. Counted from the code, and held against measured peaks in the tests.
+        """
+        blocks = [_block(info.shape, settings) for info in space.parameters]
+        sides = [side for block in blocks if isinstance(block, KroneckerBlock) for side in (block.rows, block.columns)]
+        factors, widest = sum(side**2 for side in sides), max(sides, default=0) ** 2
+        size, longest = space.size, max(block.size for block in blocks)
+        carried = settings.refresh == "auxiliary" and settings.auxiliary_steps > 0
+        parameters = 4 * (factors + size)
+        # Moments in float64, bases, L and R; spectrum, q and the kept weights; Adam's moments.
+        state = (8 + 4 + 4) * factors + (4 + 4 + 1) * size + 2 * carried * parameters
+        # By tensor, in one piece, and those of the batch before; copies of one tensor's in products.
+        rows = 4 * settings.batch_size * 3 * (size + longest)
+        # Sums in float64; an eigendecomposition in float64 with its workspace, and the mean, mix and turn around it.
+        assimilating = 8 * factors + 8 * size + 64 * widest + rows
+        # Parameters, gradients, Adam's moments, the best so far and its successor, moments of these where they are
+        # carried; u, r, Q u and F Q u with temporaries, and the graph of one tensor's Q u.
+        fitting = (6 + 4 * carried) * parameters + 32 * widest + 4 * settings.probes * (6 * size + 8 * longest) + rows
+        # Inverses of L and R, taken in float64.
+        inverting = 4 * factors + 32 * widest + 16 * size
+        return state + max(assimilating, inverting, fitting if settings.auxiliary_steps else 0)
 
 
 def _block(shape: tuple[int, ...], settings: FishLegSettings) -> Block:
