@@ -13,8 +13,10 @@ from sparsekit import (
     DataError,
     Gaussian,
     Mask,
+    Memory,
     Objective,
     ParameterSpace,
+    SettingsError,
 )
 from sparsekit.testing import block_mask, dense_fisher, dense_inverse
 from sparsekit_fishleg.estimator import FishLeg, FishLegSettings
@@ -308,6 +310,31 @@ def test_batches_may_be_any_iterable():
     sequence, _ = estimator(base, auxiliary_steps=2)
     other, _ = estimator(replace(base, batches=torch.utils.data.DataLoader(base.batches, batch_size=None)))
     assert other.inverse().size == sequence.inverse().size
+
+
+PLENTY = Memory(2**40, 2**40)
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({"examples": 32, "batch_size": 32}, "at least 33 examples"),
+        ({"examples": 20, "batch_size": 64}, "at least 65 examples"),
+        ({"examples": 64, "batch_size": 32, "held_out": 0.8}, "at least 65 examples"),
+    ],
+)
+def test_a_calibration_set_that_is_held_out_whole_is_refused_before_any_gradient(settings, needed):
+    objective = problem()
+    with pytest.raises(SettingsError, match=f"{needed} are needed: .*set estimator.auxiliary_steps=0"):
+        FishLeg.check(objective.model, objective.space, FishLegSettings(**settings), PLENTY)
+    without = FishLegSettings(**settings, auxiliary_steps=0)
+    FishLeg.check(objective.model, objective.space, without, PLENTY)
+
+
+def test_the_number_of_examples_that_is_asked_for_is_enough():
+    objective = problem()
+    enough = FishLegSettings(examples=65, batch_size=32, held_out=0.8)
+    FishLeg.check(objective.model, objective.space, enough, PLENTY)
 
 
 def peak(run):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekit import (
     CurvatureError,
@@ -17,8 +18,10 @@ from sparsekit import (
     EstimatorSettings,
     InverseFisher,
     Mask,
+    Memory,
     Objective,
     ParameterSpace,
+    SettingsError,
 )
 from sparsekit.curvature import GaussNewton, gradient_rows
 from sparsekit.linalg import DirectSum, LinearOperator, Principal
@@ -235,6 +238,20 @@ class FishLeg(CurvatureEstimator):
             block.state = {k: t for k, t in mine.items() if not k.startswith("adam.")}
         self._fitted, self._mean_diagonal = (float(x) for x in state["fitted"]) if "fitted" in state else (None, 0.0)
         self._kept = state.get("kept")
+
+    @classmethod
+    def check(cls, model: nn.Module, space: ParameterSpace, settings: Any, available: Memory) -> None:
+        """Also refuse a calibration set of which nothing is left to learn from once a share is held out."""
+        count = -(-settings.examples // settings.batch_size)
+        held = _held_out(count, settings)
+        if held and held >= count:
+            needed = next(n for n in itertools.count(count + 1) if _held_out(n, settings) < n)
+            raise SettingsError(
+                f"fishleg holds out {held} of {count} calibration batches ({settings.examples} examples, batch_size "
+                f"{settings.batch_size}) to judge its fit and has none to learn from; at least "
+                f"{(needed - 1) * settings.batch_size + 1} examples are needed: {_REMEDY}"
+            )
+        super().check(model, space, settings, available)
 
     @classmethod
     def memory(cls, space: ParameterSpace, settings: Any) -> int:
