@@ -1,16 +1,30 @@
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sparsekit import Categorical, CurvatureError, DataError, Gaussian, Mask, Objective, ParameterSpace
+from sparsekit import (
+    Categorical,
+    CurvatureError,
+    DataError,
+    Gaussian,
+    Mask,
+    Memory,
+    Objective,
+    ParameterSpace,
+    SettingsError,
+)
 from sparsekit.testing import block_mask, dense_fisher, dense_inverse
 from sparsekit_fishleg.estimator import FishLeg, FishLegSettings
 
 DAMPING = 0.05
 
 
-def problem(include=None, count=96, conv=False, batch=8):
+def problem(include=None, count=96, conv=False, batch=8, dtype=torch.float64):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if conv:
@@ -22,8 +36,8 @@ def problem(include=None, count=96, conv=False, batch=8):
             model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
             inputs = torch.randn(count, 5)
         targets = torch.randint(3, (count,))
-    model = model.double()
-    batches = list(zip(inputs.double().split(batch), targets.split(batch), strict=True))
+    model = model.to(dtype)
+    batches = list(zip(inputs.to(dtype).split(batch), targets.split(batch), strict=True))
     return Objective(model, Categorical(), batches, ParameterSpace.of(model, include=include))
 
 
@@ -128,6 +142,238 @@ def test_the_inverse_of_the_survivors_is_learned_when_asked_for():
     made.update(objective, generator=torch.Generator().manual_seed(1))
     dense = made.inverse().operator.dense()
     assert (dense[kept][:, ~kept] == 0).all()
+
+
+HALF = Mask(torch.arange(48) % 2 == 0)
+
+
+# -- what is kept between updates ----------------------------------------------------------------------------
+def test_training_the_factors_leaves_the_basis_of_the_spectrum():
+    """Otherwise the next refresh would carry the spectrum over from a basis in which it was never taken."""
+    objective = problem()
+    made, _ = estimator(objective, decay=0.5, after_cut="learn", auxiliary_steps=20, auxiliary_learning_rate=0.01)
+    made.shrink(HALF)
+    figures = made.update(objective, generator=torch.Generator().manual_seed(0))
+    assert figures["residual_after"] < figures["residual_before"]
+    spectra = [block.state["spectrum"].clone() for block in made._blocks]
+    made.update(objective, generator=torch.Generator().manual_seed(0))  # the same examples: the same model of F
+    for block, spectrum in zip(made._blocks, spectra, strict=True):
+        assert_close(block.state["spectrum"], spectrum, atol=1e-8, rtol=1e-6)
+
+
+AUXILIARY = {"refresh": "auxiliary", "auxiliary_steps": 4, "check_every": 2, "auxiliary_learning_rate": 0.01}
+
+
+def adam(made):
+    return {name: t for name, t in made.state_dict().items() if ".adam." in name}
+
+
+def test_adam_goes_on_where_it_was():
+    objective = problem(batch=24)
+    made, (figures,) = estimator(objective, start="identity", **AUXILIARY)
+    assert figures["residual_after"] < figures["residual_before"]
+    assert {float(t) for name, t in adam(made).items() if name.endswith(".step")} == {4.0}
+    made.update(objective, generator=torch.Generator().manual_seed(1))
+    assert {float(t) for name, t in adam(made).items() if name.endswith(".step")} == {8.0}
+
+
+def test_adam_is_forgotten_where_the_bases_are_found_anew():
+    made, _ = estimator(problem(batch=24), start="identity", **AUXILIARY | {"refresh": "moments"})
+    assert adam(made) == {}
+
+
+@pytest.mark.parametrize("start", ["identity", "eigenbasis"])
+def test_an_update_from_a_stored_state_is_bitwise_that_of_the_estimator_that_went_on(start):
+    objective = problem(batch=24)
+    went_on, _ = estimator(objective, start=start, after_cut="learn", **AUXILIARY)
+    went_on.shrink(HALF)
+    went_on.update(objective, generator=torch.Generator().manual_seed(2))
+    stored = {name: t.clone() for name, t in went_on.state_dict().items()}
+    resumed = FishLeg(objective.space, went_on.settings)
+    resumed.load_state_dict(stored)
+    for made in (went_on, resumed):
+        made.update(objective, generator=torch.Generator().manual_seed(1))
+    first, second = went_on.state_dict(), resumed.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
+    without = FishLeg(objective.space, went_on.settings)
+    without.load_state_dict({name: t for name, t in stored.items() if ".adam." not in name})
+    without.update(objective, generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(without.inverse().diagonal(), resumed.inverse().diagonal())
+
+
+def test_an_update_writes_to_no_tensor_of_an_earlier_state():
+    objective = problem(batch=24)
+    made, _ = estimator(objective, start="identity", **AUXILIARY)
+    state = made.state_dict()
+    before = {name: t.clone() for name, t in state.items()}
+    made.update(objective, generator=torch.Generator().manual_seed(1))
+    assert all(torch.equal(t, before[name]) for name, t in state.items())
+
+
+# -- how a fit is judged -------------------------------------------------------------------------------------
+def test_the_judge_is_the_layer_block_fisher_whatever_the_steps_learn_from():
+    objective = problem(batch=24)
+    _, (layer,) = estimator(objective, auxiliary_steps=1)
+    _, (network,) = estimator(objective, auxiliary_steps=1, products="network")
+    assert network["residual_before"] == layer["residual_before"]
+
+
+def test_the_default_number_of_steps_suffices_to_tell_that_a_fit_diverges():
+    steps = {name: FishLegSettings.model_fields[name].default for name in ("auxiliary_steps", "check_every")}
+    with pytest.raises(CurvatureError, match="lower estimator.auxiliary_learning_rate or raise estimator.damping"):
+        estimator(problem(), auxiliary_learning_rate=1e4, **steps)
+
+
+@pytest.mark.parametrize("products", ["layer", "network"])
+def test_a_fit_that_runs_away_in_float32_is_not_taken_for_gradients_that_are_not_finite(products):
+    objective = problem(dtype=torch.float32)
+    with pytest.raises(CurvatureError, match="the auxiliary fit diverges"):
+        estimator(objective, auxiliary_learning_rate=1e4, auxiliary_steps=20, products=products)
+
+
+def test_a_fit_recovers_from_steps_that_are_too_long():
+    _, (figures,) = estimator(problem(), start="identity", auxiliary_steps=40, auxiliary_learning_rate=3.0)
+    assert figures["auxiliary_back_offs"] > 0
+    assert figures["residual_after"] < 0.9 * figures["residual_before"]
+
+
+def test_leaving_an_exact_start_is_no_divergence():
+    objective = problem()
+    made, (figures,) = estimator(objective, damping=1e8, auxiliary_steps=20)
+    assert figures["residual_before"] < 1e-12
+    assert figures["auxiliary_back_offs"] == 0
+    assert figures["residual_after"] <= figures["residual_before"]
+
+
+@pytest.mark.parametrize("products", ["layer", "network"])
+@pytest.mark.parametrize("position", range(4))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_example_of_a_later_update_may_be_other_than_finite(products, position, value):
+    objective = problem(batch=24)
+    made, _ = estimator(objective, **AUXILIARY, products=products)
+    batches = [(inputs.clone(), targets) for inputs, targets in objective.batches]
+    batches[position][0][-1, 0] = value
+    objective.model[1] = nn.Hardtanh() if value != value else nn.Identity()
+    with pytest.raises(CurvatureError, match="not finite"):
+        made.update(replace(objective, batches=batches), generator=torch.Generator().manual_seed(1))
+
+
+def test_gradients_whose_squares_overflow():
+    base = problem(dtype=torch.float32)
+    batches = [(1e25 * x, y) for x, y in base.batches]
+    objective = replace(base, batches=batches, model=nn.Linear(5, 3))
+    objective = replace(objective, space=ParameterSpace.of(objective.model))
+    with pytest.raises(CurvatureError, match="squares of the gradients overflow"):
+        estimator(objective, fisher="empirical")
+
+
+@pytest.mark.parametrize("products", ["layer", "network"])
+def test_gradients_switched_off_around_an_update_change_nothing(products):
+    objective = problem()
+    settings = {"auxiliary_steps": 4, "check_every": 2, "start": "identity", "products": products}
+    with torch.no_grad():
+        without, _ = estimator(objective, **settings)
+    assert torch.equal(without.inverse().diagonal(), estimator(objective, **settings)[0].inverse().diagonal())
+    assert not torch.equal(without.inverse().diagonal(), estimator(objective, start="identity")[0].inverse().diagonal())
+
+
+# -- what is refused, and what it takes ----------------------------------------------------------------------
+class Told(Sequence):
+    """A sequence that can be sliced and notes what is iterated over."""
+
+    def __init__(self, batches, told):
+        self.batches, self.told = batches, told
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        found = self.batches[index]
+        return Told(found, self.told) if isinstance(index, slice) else found
+
+    def __iter__(self):
+        for done, batch in enumerate(self.batches):
+            self.told.append(done)
+            yield batch
+
+
+def test_a_sequence_of_batches_sees_each_pass_over_it():
+    base, told = problem(batch=24), []
+    estimator(replace(base, batches=Told(base.batches, told)), auxiliary_steps=2)
+    for_count_bases_and_spectrum = [0, 1, 2] * 3
+    assert told[:9] == for_count_bases_and_spectrum
+
+
+def test_batches_may_be_any_iterable():
+    base = problem(batch=24)
+    sequence, _ = estimator(base, auxiliary_steps=2)
+    other, _ = estimator(replace(base, batches=torch.utils.data.DataLoader(base.batches, batch_size=None)))
+    assert other.inverse().size == sequence.inverse().size
+
+
+PLENTY = Memory(2**40, 2**40)
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({"examples": 32, "batch_size": 32}, "at least 33 examples"),
+        ({"examples": 20, "batch_size": 64}, "at least 65 examples"),
+        ({"examples": 64, "batch_size": 32, "held_out": 0.8}, "at least 65 examples"),
+    ],
+)
+def test_a_calibration_set_that_is_held_out_whole_is_refused_before_any_gradient(settings, needed):
+    objective = problem()
+    with pytest.raises(SettingsError, match=f"{needed} are needed: .*set estimator.auxiliary_steps=0"):
+        FishLeg.check(objective.model, objective.space, FishLegSettings(**settings), PLENTY)
+    without = FishLegSettings(**settings, auxiliary_steps=0)
+    FishLeg.check(objective.model, objective.space, without, PLENTY)
+
+
+def test_the_number_of_examples_that_is_asked_for_is_enough():
+    objective = problem()
+    enough = FishLegSettings(examples=65, batch_size=32, held_out=0.8)
+    FishLeg.check(objective.model, objective.space, enough, PLENTY)
+
+
+def peak(run):
+    """Bytes held at most at one time among those allocated in a call, on the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"auxiliary_steps": 0},
+        {"auxiliary_steps": 0, "structure": "kronecker"},
+        {"auxiliary_steps": 3, "batch_size": 2},
+        {"auxiliary_steps": 3, "probes": 48, "batch_size": 2},
+        {"auxiliary_steps": 3, "refresh": "auxiliary", "after_cut": "learn", "batch_size": 2},
+        {"auxiliary_steps": 3, "products": "network", "probes": 2, "batch_size": 2},
+        {"auxiliary_steps": 3, "max_factor": 1},
+    ],
+    ids=str,
+)
+def test_the_memory_stated_covers_the_peak(settings):
+    chosen = FishLegSettings(**({"batch_size": 16, "check_every": 1} | settings))
+    model = nn.Sequential(nn.Linear(120, 200), nn.Tanh(), nn.Linear(200, 10))
+    batches = [(torch.randn(chosen.batch_size, 120), torch.randint(10, (chosen.batch_size,))) for _ in range(3)]
+    objective = Objective(model, Categorical(), batches, ParameterSpace.of(model))
+    kept = torch.rand(objective.space.size) > 0.3
+
+    def twice():
+        made, generator = FishLeg(objective.space, chosen), torch.Generator().manual_seed(0)
+        for _ in range(2):
+            made.update(objective, generator=generator)
+            made.inverse().operator.inverse_diagonal()
+            made.shrink(Mask(kept))
+
+    stated, measured = FishLeg.memory(objective.space, chosen), peak(twice)
+    assert measured <= stated < 3 * measured
 
 
 def test_one_batch_cannot_be_both_learned_from_and_held_out():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,13 +19,20 @@ Parameters = list[dict[str, Tensor]]
 #: Times that the step is halved before divergence is an error.
 BACK_OFFS = 4
 
+#: A held-out residual below this, 3 % in the norm, is no divergence, whatever it was: from an exact start steps of
+#: Adam's, all of one length, lead only away, and so does rounding.
+EXACT = 1e-3
+
+#: What Adam keeps of each parameter.
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
 
 @dataclass(frozen=True)
 class Fit:
     """How a fit went.
 
     Attributes:
-        steps: auxiliary steps taken.
+        steps: auxiliary steps taken, those undone by a back-off among them.
         before, after: held-out residual E‖r‖²_Q / E‖u‖²_Q at the start and of what was kept.
         back_offs: times the step was halved.
     """
@@ -46,12 +54,16 @@ def fit(
     learning_rate: float,
     check_every: int,
     preconditioned: bool,
+    carry: bool,
     keep: Tensor | None,
     generator: torch.Generator,
     size: int,
     like: Tensor,
 ) -> Fit:
     """Take up to `steps` auxiliary steps; the blocks end in the best state that the held-out residual saw.
+
+    A look that finds the residual at more than twice that of the start undoes what came after the best state, halves
+    the step, and lets Adam forget; steps undone do not count.
 
     A(λ) = E_u [½ (Qu)ᵀH(Qu) − uᵀQu] has the gradient E_u [rᵀ (∂Q/∂λ) u] with the residual r = H Q u − u held
     fixed. In directions of small curvature r is small although the error of Q is large; r is therefore replaced
@@ -62,67 +74,42 @@ def fit(
     Args:
         blocks: consecutive shares of Rⁿ.
         batch: step -> product with the Fisher of a batch of examples.
-        held_out: product with the Fisher of examples used for no step.
+        held_out: product with the layer-block Fisher of examples used for no step.
         damping: γ.
         steps: at most so many of Adam's.
         probes: Gaussian u for each step.
         learning_rate: Adam's.
         check_every: steps between looks at the held-out residual; two looks without progress end the fit.
         preconditioned: see above.
+        carry: whether Adam goes on from the blocks' `moments` (where there are any), and leaves there those of the
+            state in which the blocks end. The learning rate is not carried: it starts anew.
         keep: (n,) bool; with it u lives on these weights and H is restricted to them. None: all.
         generator: draws u.
         size: n.
         like: a tensor of the type and device to work in.
 
     Raises:
-        CurvatureError: the fit still diverges after the step was halved BACK_OFFS times.
+        CurvatureError: the residual of the start is not finite, or the fit still diverges after the step was halved
+            BACK_OFFS times.
     """
-    inside = None if keep is None else keep.to(like.dtype)[:, None]
-    sizes = [block.size for block in blocks]
-
-    def draw() -> Tensor:
-        u = torch.randn(size, probes, generator=generator, device=generator.device).to(like)
-        return u if inside is None else inside * u
-
-    def product(parameters: Parameters, X: Tensor) -> Tensor:
-        parts = zip(blocks, parameters, X.split(sizes), strict=True)
-        V = torch.cat([block.product(p, x) for block, p, x in parts])
-        return V if inside is None else inside * V
-
-    def residual(parameters: Parameters, u: Tensor, fisher: FisherProduct) -> Tensor:
-        with torch.no_grad():
-            V = product(parameters, u)
-            r = fisher(V) + damping * V - u
-            return r if inside is None else inside * r
-
-    trial = draw()
-
-    def held_out_residual(parameters: Parameters) -> float:
-        with torch.no_grad():
-            r = residual(parameters, trial, held_out)
-            return float((r * product(parameters, r)).sum() / (trial * product(parameters, trial)).sum())
-
+    problem = _Problem(blocks, damping, probes, preconditioned, keep, generator, size, like)
+    trial = problem.draw()
     parameters = [block.trainable() for block in blocks]
-    optimiser = _adam(parameters, learning_rate)
-    best, before = _copy(parameters), held_out_residual(parameters)
-    lowest, idle, back_offs, taken = before, 0, 0, 0
-    while taken < steps:
-        u = draw()
-        r = residual(parameters, u, batch(taken))
-        with torch.no_grad():
-            weight = product(parameters, r) if preconditioned else r
-            # One scale for each block, so that Adam's ε and a shared step size mean the same in all of them.
-            parts = [w / w.norm().clamp_min(1e-30) for w in weight.split(sizes)]
-        images = zip(parts, product(parameters, u).split(sizes), strict=True)
-        loss = torch.stack([(w * v).sum() / v.detach().norm().clamp_min(1e-30) for w, v in images]).sum()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        taken += 1
-        if taken % check_every and taken < steps:
+    optimiser = _adam(parameters, learning_rate, [block.moments for block in blocks] if carry else None)
+    best, before = _copy(parameters), problem.ratio(parameters, trial, held_out)
+    if not math.isfinite(before):
+        raise CurvatureError(
+            f"the auxiliary fit cannot start: its held-out residual is {before}; raise estimator.damping"
+        )
+    moments = [block.moments for block in blocks]
+    lowest, reached, done, taken, idle, back_offs = before, 0, 0, 0, 0, 0
+    while done < steps:
+        problem.step(parameters, optimiser, batch(taken))
+        taken, done = taken + 1, done + 1
+        if done % check_every and done < steps:
             continue
-        now = held_out_residual(parameters)
-        if not now <= 2 * before:
+        now = problem.ratio(parameters, trial, held_out)
+        if not now <= max(2 * before, EXACT):
             back_offs += 1
             if back_offs > BACK_OFFS:
                 raise CurvatureError(
@@ -130,22 +117,98 @@ def fit(
                     f"still does after the step was halved {BACK_OFFS} times; lower "
                     "estimator.auxiliary_learning_rate or raise estimator.damping"
                 )
-            parameters = _leaves(best)
+            parameters, done, idle = _leaves(best), reached, 0
             optimiser = _adam(parameters, learning_rate / 2**back_offs)
             continue
         idle = 0 if now < 0.99 * lowest else idle + 1
         if now < lowest:
-            best, lowest = _copy(parameters), now
+            best, lowest, reached = _copy(parameters), now, done
+            moments = _moments(parameters, optimiser) if carry else moments
         if idle == 2:
             break
     if lowest < before:
-        for block, found in zip(blocks, best, strict=True):
+        for block, found, known in zip(blocks, best, moments, strict=True):
             block.absorb(found)
+            block.moments = known
     return Fit(taken, before, lowest, back_offs)
 
 
-def _adam(parameters: Parameters, learning_rate: float) -> torch.optim.Adam:
-    return torch.optim.Adam([t for layer in parameters for t in layer.values()], lr=learning_rate)
+@dataclass(frozen=True)
+class _Problem:
+    """The auxiliary loss; see `fit` for what its attributes are."""
+
+    blocks: Sequence[Block]
+    damping: float
+    probes: int
+    preconditioned: bool
+    keep: Tensor | None
+    generator: torch.Generator
+    size: int
+    like: Tensor
+
+    def draw(self) -> Tensor:
+        """U (n, k), Gaussian on the kept weights."""
+        shape = (self.size, self.probes)
+        return self._inside(torch.randn(shape, generator=self.generator, device=self.generator.device).to(self.like))
+
+    def ratio(self, parameters: Parameters, u: Tensor, fisher: FisherProduct) -> float:
+        """‖r‖²_Q / ‖u‖²_Q for u (n, k)."""
+        with torch.no_grad():
+            r = self._residual(parameters, u, fisher)
+            return float((r * self._product(parameters, r)).sum() / (u * self._product(parameters, u)).sum())
+
+    def step(self, parameters: Parameters, optimiser: torch.optim.Adam, fisher: FisherProduct) -> None:
+        """One step of Adam's."""
+        u = self.draw()
+        with torch.no_grad():
+            weight = self._residual(parameters, u, fisher)
+            if self.preconditioned:
+                weight = self._product(parameters, weight)
+        optimiser.zero_grad(set_to_none=True)
+        for block, layer, x, w in zip(self.blocks, parameters, self._split(u), self._split(weight), strict=True):
+            with torch.enable_grad():  # whatever the caller's mode; block by block, so that one graph lives at a time
+                v = block.product(layer, x)
+                # One scale for each block, so that Adam's ε and a shared step size mean the same in all of them.
+                loss = (w / w.norm().clamp_min(1e-30) * v).sum() / v.detach().norm().clamp_min(1e-30)
+                loss.backward()
+        optimiser.step()
+
+    def _residual(self, parameters: Parameters, u: Tensor, fisher: FisherProduct) -> Tensor:
+        """R = H Q u − u (n, k), on the kept weights."""
+        V = self._product(parameters, u)
+        return self._inside(fisher(V) + self.damping * V - u)
+
+    def _product(self, parameters: Parameters, X: Tensor) -> Tensor:
+        """Q X for X (n, k), on the kept weights."""
+        parts = zip(self.blocks, parameters, self._split(X), strict=True)
+        return self._inside(torch.cat([block.product(layer, x) for block, layer, x in parts]))
+
+    def _inside(self, X: Tensor) -> Tensor:
+        return X if self.keep is None else self.keep.to(X.dtype)[:, None] * X
+
+    def _split(self, X: Tensor) -> Sequence[Tensor]:
+        return X.split([block.size for block in self.blocks])
+
+
+def _adam(
+    parameters: Parameters, learning_rate: float, moments: Sequence[Mapping[str, Tensor]] | None = None
+) -> torch.optim.Adam:
+    """Adam, going on from `moments` where they are given; these are copied, for Adam writes in place."""
+    optimiser = torch.optim.Adam([t for layer in parameters for t in layer.values()], lr=learning_rate)
+    for layer, known in zip(parameters, moments or [], strict=bool(moments)):
+        for name, t in layer.items():
+            if known:
+                optimiser.state[t] = {key: known[f"{name}.{key}"].clone() for key in _MOMENTS}
+                optimiser.state[t]["step"] = optimiser.state[t]["step"].cpu()  # where Adam itself has it
+    return optimiser
+
+
+def _moments(parameters: Parameters, optimiser: torch.optim.Adam) -> list[dict[str, Tensor]]:
+    """Copies of what Adam keeps, by block: {parameter}.{quantity}."""
+    return [
+        {f"{name}.{key}": optimiser.state[t][key].clone() for name, t in layer.items() for key in _MOMENTS}
+        for layer in parameters
+    ]
 
 
 def _copy(parameters: Parameters) -> Parameters:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekit import (
     CurvatureError,
@@ -16,13 +18,17 @@ from sparsekit import (
     EstimatorSettings,
     InverseFisher,
     Mask,
+    Memory,
     Objective,
     ParameterSpace,
+    SettingsError,
 )
 from sparsekit.curvature import GaussNewton, gradient_rows
 from sparsekit.linalg import DirectSum, LinearOperator, Principal
 from sparsekit_fishleg.auxiliary import FisherProduct, Fit, fit
 from sparsekit_fishleg.blocks import Block, DiagonalBlock, KroneckerBlock
+
+_REMEDY = "give more estimator.examples, lower estimator.batch_size, or set estimator.auxiliary_steps=0"
 
 
 class FishLegSettings(EstimatorSettings):
@@ -37,7 +43,8 @@ class FishLegSettings(EstimatorSettings):
     )
     refresh: Literal["moments", "auxiliary"] = Field(
         "moments",
-        description="later updates: assimilate new moments in closed form, then refine; or auxiliary steps alone",
+        description="later updates: assimilate new moments in closed form, then refine; or auxiliary steps alone, in "
+        "which Adam goes on where it was",
     )
     decay: float = Field(
         0.2, ge=0, lt=1, description="weight of what was known when new moments are assimilated; 0: afresh"
@@ -46,11 +53,11 @@ class FishLegSettings(EstimatorSettings):
         "condition",
         description="condition the full inverse on removed weights at removal, or learn that of the survivors",
     )
-    auxiliary_steps: int = Field(20, ge=0, description="at most so many auxiliary steps for each update")
+    auxiliary_steps: int = Field(20, ge=0, description="at most so many for each update, not counting undone ones")
     auxiliary_learning_rate: float = Field(1e-3, gt=0, description="Adam's, on log q and on relative factors")
     probes: int = Field(8, ge=1, description="Gaussian u for each auxiliary step")
     check_every: int = Field(5, ge=1, description="auxiliary steps between looks at the held-out residual")
-    held_out: float = Field(0.1, gt=0, lt=1, description="fraction of the examples kept for that residual")
+    held_out: float = Field(0.1, gt=0, lt=1, description="fraction of the batches, one at least, for that residual")
     preconditioned: bool = Field(True, description="weight the residual by Q, so that all directions learn alike")
     products: Literal["layer", "network"] = Field(
         "layer", description="Fisher products within layers, or exact Gauss-Newton products of the network"
@@ -67,6 +74,7 @@ class FishLeg(CurvatureEstimator):
 
     name: ClassVar[str] = "fishleg"
     Settings: ClassVar[type[EstimatorSettings]] = FishLegSettings
+    memory_settings: ClassVar[tuple[str, ...]] = ("batch_size", "probes", "max_factor")
 
     def __init__(self, space: ParameterSpace, settings: FishLegSettings) -> None:
         super().__init__(space, settings)
@@ -77,24 +85,31 @@ class FishLeg(CurvatureEstimator):
         self._kept: Tensor | None = None
 
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
-        """Assimilate the examples: closed-form moments (unless told otherwise), then auxiliary steps."""
-        batches = list(objective.batches)
-        held = max(1, round(self.settings.held_out * len(batches))) if self.settings.auxiliary_steps else 0
-        if held and len(batches) < 2:
+        """Assimilate the examples: closed-form moments (unless told otherwise), then auxiliary steps.
+
+        Returns:
+            `mean_diagonal`, of F without damping; with auxiliary steps their number and that of back-offs, and the
+            held-out residual (see `auxiliary.fit`) before and after.
+
+        Raises:
+            DataError: no batch is left to learn from once some are held out.
+            CurvatureError: a gradient or a product is not finite, or the auxiliary fit diverges.
+        """
+        given, settings = objective.batches, self.settings
+        batches = given if isinstance(given, Sequence) else list(given)  # a sequence may be lazy, or tell of progress
+        held = _held_out(len(batches), settings)
+        if held and held >= len(batches):
             raise DataError(
-                f"fishleg keeps a batch of examples to judge its fit and needs another to learn from; the "
-                f"calibration set has {len(batches)} batch of {self.settings.batch_size}: give more examples, lower "
-                "estimator.batch_size, or set estimator.auxiliary_steps=0"
+                f"fishleg holds out {held} of {len(batches)} calibration batches to judge its fit and has none to "
+                f"learn from; {_REMEDY}"
             )
-        first = self._fitted is None
-        seen = Objective(objective.model, objective.likelihood, batches[: len(batches) - held], objective.space)
+        seen = replace(objective, batches=batches[: len(batches) - held])
         like = torch.empty(0, dtype=objective.dtype, device=objective.device)
-        if first or self.settings.refresh == "moments":
+        if self._fitted is None or settings.refresh == "moments":
             self._assimilate(seen, generator, like)
-        assert self._fitted is not None
         figures = {"mean_diagonal": self._mean_diagonal}
-        if self.settings.auxiliary_steps:
-            done = self._refine(seen, batches[len(batches) - held :], generator, like)
+        if held:
+            done = self._refine(seen, replace(objective, batches=batches[len(batches) - held :]), generator, like)
             figures |= {
                 "auxiliary_steps": float(done.steps),
                 "auxiliary_back_offs": float(done.back_offs),
@@ -111,7 +126,7 @@ class FishLeg(CurvatureEstimator):
         totals: list[dict[str, Tensor]] = [{} for _ in self._blocks]
         trace = 0.0
         for rows in self._rows(objective, generator):
-            trace += float(rows.double().square().sum())
+            trace += float(rows.norm(dim=1).double().square().sum())
             if not identity:
                 for block, total, part in zip(self._blocks, totals, rows.split(self._sizes, dim=1), strict=True):
                     block.gather_bases(part, total)
@@ -125,7 +140,6 @@ class FishLeg(CurvatureEstimator):
             return
         for block, total in zip(self._blocks, totals, strict=True):
             block.set_bases(total, count, decay, like.dtype)
-        totals = [{} for _ in self._blocks]
         generator.set_state(labels)  # the same sampled labels: the basis and its spectrum belong together
         for rows in self._rows(objective, generator):
             for block, total, part in zip(self._blocks, totals, rows.split(self._sizes, dim=1), strict=True):
@@ -134,20 +148,21 @@ class FishLeg(CurvatureEstimator):
             block.set_spectrum(total, count, decay, like.dtype)
             block.closed_form(self._fitted)
 
-    def _refine(
-        self, seen: Objective, held: list[tuple[Tensor, Tensor]], generator: torch.Generator, like: Tensor
-    ) -> Fit:
-        assert self._fitted is not None
-        batches = list(seen.batches)
+    def _refine(self, seen: Objective, held: Objective, generator: torch.Generator, like: Tensor) -> Fit:
+        assert self._fitted is not None and isinstance(seen.batches, Sequence)
+        batches = seen.batches
+        within_layers = self.settings.products == "layer"
         labels = generator.get_state()
 
         def batch(step: int) -> FisherProduct:
-            return self._product(_on(seen, [batches[step % len(batches)]]), generator)
+            one = replace(seen, batches=[batches[step % len(batches)]])
+            return self._layer_product(one, generator) if within_layers else _network_product(one)
 
         def held_out(V: Tensor) -> Tensor:
+            # Q has no part across layers, so the judge has none either; the same labels at every look.
             frozen = torch.Generator(generator.device)
-            frozen.set_state(labels)  # the same labels at every look
-            return self._product(_on(seen, held), frozen)(V)
+            frozen.set_state(labels)
+            return self._layer_product(held, frozen)(V)
 
         return fit(
             self._blocks,
@@ -159,27 +174,27 @@ class FishLeg(CurvatureEstimator):
             learning_rate=self.settings.auxiliary_learning_rate,
             check_every=self.settings.check_every,
             preconditioned=self.settings.preconditioned,
+            carry=self.settings.refresh == "auxiliary",
             keep=self._kept if self.settings.after_cut == "learn" else None,
             generator=generator,
             size=self.space.size,
             like=like,
         )
 
-    def _product(self, objective: Objective, generator: torch.Generator) -> FisherProduct:
-        """V ↦ F V by the objective's examples: within layers, one forward and backward pass for all columns."""
-        if self.settings.products == "network":
-            return lambda V: GaussNewton(objective) @ V
+    def _layer_product(self, objective: Objective, generator: torch.Generator) -> FisherProduct:
+        """V (n, k) ↦ F V, F cut to one block a tensor: one forward and backward pass for all columns."""
 
         def product(V: Tensor) -> Tensor:
             total = torch.zeros_like(V)
             for rows in self._rows(objective, generator):
-                parts = zip(rows.split(self._sizes, dim=1), V.split(self._sizes), strict=True)
-                total += torch.cat([part.mT @ (part @ v) for part, v in parts])
-            return total / objective.count()
+                parts = zip(rows.split(self._sizes, dim=1), V.split(self._sizes), total.split(self._sizes), strict=True)
+                for part, v, out in parts:
+                    out.add_(part.mT @ (part @ v))
+            return total.div_(objective.count())
 
         return product
 
-    def _rows(self, objective: Objective, generator: torch.Generator) -> Any:
+    def _rows(self, objective: Objective, generator: torch.Generator) -> Iterator[Tensor]:
         return gradient_rows(objective, self.settings.fisher, generator=generator)
 
     def inverse(self, damping: float | None = None) -> InverseFisher:
@@ -197,8 +212,18 @@ class FishLeg(CurvatureEstimator):
         self._kept = mask.kept if mask.removed_count else None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The blocks' factors, spectra and moments, and the damping they were fitted at."""
+        """All that a later update or cut depends on.
+
+        By tensor of the space, moments, bases, spectrum and the present Q (see `blocks`); the damping that Q was
+        fitted at and the mean diagonal of F, in float64; the kept weights (n,) bool, once some are removed; and with
+        refresh='auxiliary' Adam's step count and moments of the parameters that led to the present Q. Nothing else
+        is kept: not the random state, for each update is given its generator; not a learning rate that a back-off
+        lowered, for each update starts at the one in the settings; and with refresh='moments' not Adam's state, for
+        the parameters of the next fit lie in new bases.
+        """
         state = {f"{i}.{name}": t for i, block in enumerate(self._blocks) for name, t in block.state.items()}
+        for i, block in enumerate(self._blocks):
+            state |= {f"{i}.adam.{name}": t for name, t in block.moments.items()}
         if self._fitted is not None:
             state["fitted"] = torch.tensor([self._fitted, self._mean_diagonal], dtype=torch.float64)
         if self._kept is not None:
@@ -208,23 +233,51 @@ class FishLeg(CurvatureEstimator):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
         for i, block in enumerate(self._blocks):
-            prefix = f"{i}."
-            block.state = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
-        if "fitted" in state:
-            self._fitted, self._mean_diagonal = (float(x) for x in state["fitted"])
+            mine = {k.removeprefix(f"{i}."): t for k, t in state.items() if k.startswith(f"{i}.")}
+            block.moments = {k.removeprefix("adam."): t for k, t in mine.items() if k.startswith("adam.")}
+            block.state = {k: t for k, t in mine.items() if not k.startswith("adam.")}
+        self._fitted, self._mean_diagonal = (float(x) for x in state["fitted"]) if "fitted" in state else (None, 0.0)
         self._kept = state.get("kept")
 
     @classmethod
+    def check(cls, model: nn.Module, space: ParameterSpace, settings: Any, available: Memory) -> None:
+        """Also refuse a calibration set of which nothing is left to learn from once a share is held out."""
+        count = -(-settings.examples // settings.batch_size)
+        held = _held_out(count, settings)
+        if held and held >= count:
+            needed = next(n for n in itertools.count(count + 1) if _held_out(n, settings) < n)
+            raise SettingsError(
+                f"fishleg holds out {held} of {count} calibration batches ({settings.examples} examples, batch_size "
+                f"{settings.batch_size}) to judge its fit and has none to learn from; at least "
+                f"{(needed - 1) * settings.batch_size + 1} examples are needed: {_REMEDY}"
+            )
+        super().check(model, space, settings, available)
+
+    @classmethod
     def memory(cls, space: ParameterSpace, settings: Any) -> int:
-        """Factors (bases and inverses, float32; moments, float64), training copies, spectra, and rows."""
-        factors = 0
-        for info in space.parameters:
-            block = _block(info.shape, settings)
-            if isinstance(block, KroneckerBlock):
-                factors += block.rows**2 + block.columns**2
-        training = 5 if settings.auxiliary_steps else 0  # parameters, gradients, two Adam moments, best so far
-        rows = settings.batch_size * space.size * 4 * 3
-        return factors * (8 + 4 * (2 + training)) + space.size * 4 * (3 + training) + rows
+        """Bytes of the state, and of the larger of what assimilation, the fit and the inverse take besides.
+
+        For a model in float32. Without what the network's own passes take (activations, patches of convolutions),
+        which depends on the inputs. Counted from the code, and held against measured peaks in the tests.
+        """
+        blocks = [_block(info.shape, settings) for info in space.parameters]
+        sides = [side for block in blocks if isinstance(block, KroneckerBlock) for side in (block.rows, block.columns)]
+        factors, widest = sum(side**2 for side in sides), max(sides, default=0) ** 2
+        size, longest = space.size, max(block.size for block in blocks)
+        carried = settings.refresh == "auxiliary" and settings.auxiliary_steps > 0
+        parameters = 4 * (factors + size)
+        # Moments in float64, bases, L and R; spectrum, q and the kept weights; Adam's moments.
+        state = (8 + 4 + 4) * factors + (4 + 4 + 1) * size + 2 * carried * parameters
+        # By tensor, in one piece, and those of the batch before; copies of one tensor's in products.
+        rows = 4 * settings.batch_size * 3 * (size + longest)
+        # Sums in float64; an eigendecomposition in float64 with its workspace, and the mean, mix and turn around it.
+        assimilating = 8 * factors + 8 * size + 64 * widest + rows
+        # Parameters, gradients, Adam's moments, the best so far and its successor, moments of these where they are
+        # carried; u, r, Q u and F Q u with temporaries, and the graph of one tensor's Q u.
+        fitting = (6 + 4 * carried) * parameters + 32 * widest + 4 * settings.probes * (6 * size + 8 * longest) + rows
+        # Inverses of L and R, taken in float64.
+        inverting = 4 * factors + 32 * widest + 16 * size
+        return state + max(assimilating, inverting, fitting if settings.auxiliary_steps else 0)
 
 
 def _block(shape: tuple[int, ...], settings: FishLegSettings) -> Block:
@@ -234,5 +287,26 @@ def _block(shape: tuple[int, ...], settings: FishLegSettings) -> Block:
     return KroneckerBlock(shape[0], size // shape[0], inner=settings.structure == "eigenbasis")
 
 
-def _on(objective: Objective, batches: list[tuple[Tensor, Tensor]]) -> Objective:
-    return Objective(objective.model, objective.likelihood, batches, objective.space)
+def _held_out(batches: int, settings: FishLegSettings) -> int:
+    """How many of the calibration batches judge the fit; none where there is no fit."""
+    return max(1, round(settings.held_out * batches)) if settings.auxiliary_steps else 0
+
+
+def _network_product(objective: Objective) -> FisherProduct:
+    """V (n, k) ↦ F V, F of the whole network.
+
+    Raises:
+        CurvatureError: F V is not finite although V is.
+    """
+
+    def product(V: Tensor) -> Tensor:
+        # F is linear: at unit scale a fit that runs away cannot be mistaken for a network that overflows.
+        scale = V.abs().amax().clamp_min(torch.finfo(V.dtype).tiny)
+        image = GaussNewton(objective) @ (V / scale)
+        if bool(scale.isfinite()) and not bool(image.isfinite().all()):
+            raise CurvatureError(
+                "Gauss-Newton products of the network are not finite; check the data, the loss and the weights"
+            )
+        return scale * image
+
+    return product
