@@ -16,7 +16,7 @@ def problem(seed, n=12, kind="dense"):
     if kind == "kronecker":
         left, right = (torch.linalg.qr(torch.randn(k, k, generator=draw, dtype=torch.float64)).Q for k in (3, 4))
         q = torch.rand(3, 4, generator=draw, dtype=torch.float64) + 0.05
-        operator = KroneckerDiagonal(left, right, q, orthogonal=True)
+        operator = KroneckerDiagonal([left[None], right[None]], q[None], orthogonal=True)
     else:
         A = torch.randn(n, n, generator=draw, dtype=torch.float64)
         operator = BlockDiagonal((A @ A.mT / n + 0.1 * torch.eye(n, dtype=torch.float64))[None], [n])

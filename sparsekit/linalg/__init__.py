@@ -1,6 +1,7 @@
 """Symmetric positive definite operators on Rⁿ: their products, solves, diagonals and constrained minima."""
 
 from sparsekit.linalg.iterative import ConjugateGradients, conjugate_gradients
+from sparsekit.linalg.kronecker import KroneckerDiagonal, kronecker_product
 from sparsekit.linalg.lowrank import DiagonalPlusLowRank
 from sparsekit.linalg.matrixfree import MatrixFree
 from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator
@@ -8,7 +9,6 @@ from sparsekit.linalg.structured import (
     BlockDiagonal,
     Diagonal,
     DirectSum,
-    KroneckerDiagonal,
     Principal,
     RepeatedBlock,
 )
@@ -26,4 +26,5 @@ __all__ = [
     "Principal",
     "RepeatedBlock",
     "conjugate_gradients",
+    "kronecker_product",
 ]

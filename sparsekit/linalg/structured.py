@@ -240,60 +240,6 @@ class RepeatedBlock(LinearOperator):
         return ConstrainedMinimum(torch.cat(parts))
 
 
-class KroneckerDiagonal(LinearOperator):
-    """Σ = (L ⊗ R) diag(q) (L ⊗ R)ᵀ on matrices U (rows, columns) taken row by row: U ↦ L (q ∘ (Lᵀ U R)) Rᵀ.
-
-    The eigenvectors of two Kronecker factors with their own eigenvalues (EKFAC; George et al., 2018) where
-    L and R are orthogonal, and a two-factor product LLᵀ ⊗ RRᵀ where q is one. A product costs four small
-    matrix products.
-
-    Args:
-        left: L (rows, rows), invertible.
-        right: R (columns, columns), invertible.
-        q: (rows, columns) > 0.
-        orthogonal: promise that L and R are orthogonal, so that no inverse of them is taken.
-    """
-
-    def __init__(self, left: Tensor, right: Tensor, q: Tensor, *, orthogonal: bool) -> None:
-        super().__init__(q.numel(), q.dtype, q.device)
-        self.left, self.right, self.q = left, right, q
-        if orthogonal:
-            self._inverse_left, self._inverse_right = left, right
-        else:
-            self._inverse_left, self._inverse_right = _inverse_transpose(left), _inverse_transpose(right)
-
-    @staticmethod
-    def _sandwich(L: Tensor, q: Tensor, R: Tensor, X: Tensor) -> Tensor:
-        U = X.mT.reshape(-1, *q.shape)  # (k, rows, columns)
-        return (L @ (q * (L.mT @ U @ R)) @ R.mT).reshape(X.shape[1], -1).mT
-
-    def _matmul(self, X: Tensor) -> Tensor:
-        return self._sandwich(self.left, self.q, self.right, X)
-
-    def _solve(self, B: Tensor) -> Tensor:
-        return self._sandwich(self._inverse_left, self.q.reciprocal(), self._inverse_right, B)
-
-    def diagonal(self) -> Tensor:
-        """(L∘L) q (R∘R)ᵀ, for any L and R."""
-        return (self.left.square() @ self.q @ self.right.square().mT).reshape(-1)
-
-    def inverse_diagonal(self) -> Tensor:
-        """The same with L⁻ᵀ, 1/q and R⁻ᵀ."""
-        inverse = self._inverse_left.square() @ self.q.reciprocal() @ self._inverse_right.square().mT
-        return inverse.reshape(-1)
-
-    def blocks(self, index: Tensor) -> Tensor:
-        """Σ between (i, j) and (i', j') is Σ_ab L_ia L_i'a q_ab R_jb R_j'b: m·rows·columns work for each pair."""
-        rows = self.left[index.clamp_min(0) // self.q.shape[1]]  # (m, B, rows)
-        columns = self.right[index.clamp_min(0) % self.q.shape[1]]  # (m, B, columns)
-        out = rows.new_empty(*index.shape, index.shape[1])
-        for a in range(index.shape[1]):
-            for b in range(a + 1):
-                pair = ((rows[:, a] * rows[:, b]) @ self.q * (columns[:, a] * columns[:, b])).sum(1)
-                out[:, a, b] = out[:, b, a] = pair
-        return padded(out, index)
-
-
 class DirectSum(LinearOperator):
     """Operators on consecutive stretches of Rⁿ, independent of one another: one a layer."""
 
@@ -455,7 +401,3 @@ def _cholesky(blocks: Tensor) -> Tensor:
             f"(largest diagonal {scale:.1e}); an absolute damping of at least {max(scale, 1e-30) * 1e-10:.1e} would do"
         )
     return factor
-
-
-def _inverse_transpose(matrix: Tensor) -> Tensor:
-    return torch.linalg.inv(matrix.double()).mT.to(matrix.dtype).contiguous()

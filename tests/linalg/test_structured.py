@@ -32,7 +32,14 @@ def kronecker(orthogonal=True):
     left, right = draw(3, 3), draw(4, 4, seed=1)
     if orthogonal:
         left, right = torch.linalg.qr(left).Q, torch.linalg.qr(right).Q
-    return KroneckerDiagonal(left, right, draw(3, 4, seed=2).abs() + 0.1, orthogonal=orthogonal)
+    return KroneckerDiagonal([left[None], right[None]], draw(1, 3, 4, seed=2).abs() + 0.1, orthogonal=orthogonal)
+
+
+def tensor(factored=(True, True, True), outer=False):
+    """Two groups of arrays (2, 3, 4)."""
+    factors = [draw(2, d, d, seed=d) if known else None for d, known in zip((2, 3, 4), factored, strict=True)]
+    scale = draw(2, 2, 3, 4, seed=8).abs() + 0.5 if outer else None
+    return KroneckerDiagonal(factors, draw(2, 2, 3, 4, seed=9).abs() + 0.1, outer=scale, orthogonal=False)
 
 
 def low_rank(r=4, n=9, damping=0.1, **more):
@@ -52,6 +59,14 @@ CASES = {
     "one block": lambda: BlockDiagonal(spd(7)[None], [7]),
     "kronecker": kronecker,
     "kronecker, oblique": lambda: kronecker(False),
+    "kronecker, three modes in groups": tensor,
+    "kronecker, outer diagonal": lambda: tensor(outer=True),
+    "kronecker, first mode the identity": lambda: tensor((False, True, True)),
+    "kronecker, other modes the identity": lambda: tensor((True, False, False), outer=True),
+    "kronecker, one mode": lambda: KroneckerDiagonal([draw(2, 3, 3)], draw(2, 3).abs() + 0.1, orthogonal=False),
+    "kronecker, three modes": lambda: KroneckerDiagonal(
+        [draw(1, d, d, seed=d) for d in (2, 3, 4)], draw(1, 2, 3, 4).abs() + 0.1, orthogonal=False
+    ),
     "direct sum": lambda: DirectSum([kronecker(), blocks(), Diagonal(draw(3).abs() + 0.1), low_rank(2, 3)]),
     "low rank": low_rank,
     "low rank, more rows than columns": lambda: low_rank(12, 5),
@@ -240,7 +255,9 @@ def test_rows_that_are_not_finite_are_refused():
 
 def test_no_convergence_is_an_error():
     left = torch.linalg.qr(draw(8, 8)).Q
-    operator = KroneckerDiagonal(left, left, torch.logspace(-8, 8, 64, dtype=torch.float64).view(8, 8), orthogonal=True)
+    operator = KroneckerDiagonal(
+        [left[None]] * 2, torch.logspace(-8, 8, 64, dtype=torch.float64).view(1, 8, 8), orthogonal=True
+    )
     with pytest.raises(CurvatureError, match="raise the damping"):
         operator.minimise(torch.arange(64) % 2 == 0, draw(64), max_iterations=2)
 
@@ -248,7 +265,7 @@ def test_no_convergence_is_an_error():
 @pytest.mark.parametrize("q", [[3.0, -1.0], [-1.0, -3.0]], ids=["indefinite", "negative"])
 def test_a_principal_part_that_cannot_be_solved_is_an_error(q):
     turn = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5
-    base = KroneckerDiagonal(torch.ones(1, 1), turn, torch.tensor([q]), orthogonal=True)
+    base = KroneckerDiagonal([None, turn[None]], torch.tensor([[q]]), orthogonal=True)
     with pytest.raises(CurvatureError, match="conjugate gradients stopped after 0 iterations"):
         Principal(base, torch.ones(2, dtype=torch.bool)).solve(torch.tensor([1.0, -1.0]))
 

@@ -96,7 +96,7 @@ def test_blocks_do_not_see_one_another():
     [
         DiagonalPlusLowRank(draw(5, 12), 0.1, 5),
         KroneckerDiagonal(
-            torch.linalg.qr(draw(3, 3)).Q, torch.linalg.qr(draw(4, 4)).Q, draw(3, 4).abs() + 0.1, orthogonal=True
+            [torch.linalg.qr(draw(1, d, d)).Q for d in (3, 4)], draw(1, 3, 4).abs() + 0.1, orthogonal=True
         ),
     ],
     ids=["low rank", "kronecker"],

@@ -1,0 +1,129 @@
+"""Operators with Kronecker structure on arrays of any number of modes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from sparsekit.linalg.operator import LinearOperator, padded
+
+#: A factor of each mode, (g, d_i, d_i), or None for the identity.
+Factors = Sequence[Tensor | None]
+
+#: Numbers in one temporary of `KroneckerDiagonal.blocks`.
+_SLICE = 1 << 26
+
+
+def kronecker_product(factors: Factors, X: Tensor, *, transposed: bool = False) -> Tensor:
+    """(U_1 ⊗ … ⊗ U_m) X, group by group, without forming it; differentiable.
+
+    Args:
+        factors: U_i (g, d_i, d_i), or None for the identity.
+        X: (k, g, d_1, …, d_m).
+        transposed: with every U_i transposed.
+    """
+    k, groups, *modes = X.shape
+    for i, U in enumerate(factors):
+        if U is None:
+            continue
+        before, d, after = prod(modes[:i]), modes[i], prod(modes[i + 1 :])
+        if groups == 1:  # one matrix for all, so that no copies of it are made
+            matrix = U[0].mT if transposed else U[0]
+            X = X.reshape(k * before, d) @ matrix.mT if after == 1 else matrix @ X.reshape(k * before, d, after)
+        else:
+            matrix = (U.mT if transposed else U)[:, None]
+            X = matrix @ X.reshape(k, groups, before, d, after)
+        X = X.reshape(k, groups, *modes)
+    return X
+
+
+class KroneckerDiagonal(LinearOperator):
+    """Σ = O (U_1 ⊗ … ⊗ U_m) diag(q) (U_1 ⊗ … ⊗ U_m)ᵀ O for each of g groups, on arrays (d_1, …, d_m) taken row by row.
+
+    With two modes the eigenvectors of two Kronecker factors with their own eigenvalues (EKFAC; George et al., 2018)
+    where they are orthogonal and O = I; with q of rank one a plain Kronecker product.
+
+    Args:
+        factors: U_i (g, d_i, d_i), invertible, or None for the identity; one for each mode.
+        q: (g, d_1, …, d_m) > 0.
+        outer: diag O, (g, d_1, …, d_m) > 0; None for O = I.
+        orthogonal: promise that the factors are orthogonal, so that no inverse of them is taken.
+    """
+
+    def __init__(self, factors: Factors, q: Tensor, *, outer: Tensor | None = None, orthogonal: bool) -> None:
+        super().__init__(q.numel(), q.dtype, q.device)
+        if len(factors) != q.dim() - 1:
+            raise ValueError(f"q {tuple(q.shape)} has {q.dim() - 1} modes, {len(factors)} factors were given")
+        self.factors, self.q, self.outer = tuple(factors), q, outer
+        self._inverses = self.factors if orthogonal else tuple(None if U is None else _dual(U) for U in factors)
+
+    def _sandwich(self, factors: Factors, q: Tensor, outer: Tensor | None, X: Tensor) -> Tensor:
+        Y = X.mT.reshape(X.shape[1], *q.shape)
+        Y = Y if outer is None else outer * Y
+        Y = kronecker_product(factors, q * kronecker_product(factors, Y, transposed=True))
+        Y = Y if outer is None else outer * Y
+        return Y.reshape(X.shape[1], -1).mT
+
+    def _matmul(self, X: Tensor) -> Tensor:
+        return self._sandwich(self.factors, self.q, self.outer, X)
+
+    def _solve(self, B: Tensor) -> Tensor:
+        outer = None if self.outer is None else self.outer.reciprocal()
+        return self._sandwich(self._inverses, self.q.reciprocal(), outer, B)
+
+    @staticmethod
+    def _diagonal(factors: Factors, q: Tensor, outer: Tensor | None) -> Tensor:
+        found = kronecker_product([None if U is None else U.square() for U in factors], q[None])[0]
+        return (found if outer is None else outer.square() * found).reshape(-1)
+
+    def diagonal(self) -> Tensor:
+        """O² (U_1∘U_1 ⊗ … ⊗ U_m∘U_m) q, for any factors."""
+        return self._diagonal(self.factors, self.q, self.outer)
+
+    def inverse_diagonal(self) -> Tensor:
+        """The same with O⁻¹, U_i⁻ᵀ and 1/q."""
+        outer = None if self.outer is None else self.outer.reciprocal()
+        return self._diagonal(self._inverses, self.q.reciprocal(), outer)
+
+    def stretches(self) -> Sequence[int]:
+        return [self.size // len(self.q)] * len(self.q)
+
+    def blocks(self, index: Tensor) -> Tensor:
+        """Principal blocks: for each pair of coordinates one contraction of the group's q with rows of the factors."""
+        groups, *modes = self.q.shape
+        within = prod(modes)
+        clean = index.clamp_min(0)
+        group, place = clean // within, torch.stack(torch.unravel_index(clean % within, modes), -1)
+        out = torch.zeros(*index.shape, index.shape[1], dtype=self.dtype, device=self.device)
+        for a in range(index.shape[1]):
+            for b in range(a + 1):
+                for g in range(groups):
+                    pairs = ((group[:, a] == g) & (group[:, b] == g)).nonzero()[:, 0]
+                    for some in pairs.split(max(1, _SLICE * modes[0] // within)):
+                        out[some, a, b] = out[some, b, a] = self._between(g, place[some, a], place[some, b])
+        if self.outer is not None:
+            scale = self.outer.reshape(-1)[clean]
+            out = out * scale[:, :, None] * scale[:, None, :]
+        return padded(out, index)
+
+    def _between(self, group: int, left: Tensor, right: Tensor) -> Tensor:
+        """Σ_j q_j Π_i U_i[l_i, j_i] U_i[r_i, j_i] within a group, for p pairs of places l, r (p, m): (p,)."""
+        q = self.q[group]
+        T = q.new_zeros(0)
+        for i, U in enumerate(self.factors):
+            here, there = left[:, i], right[:, i]
+            if U is None:
+                T = q[here] if i == 0 else T[torch.arange(len(here), device=T.device), here]
+                T = T * (here == there).view(-1, *[1] * (T.dim() - 1))
+                continue
+            rows = U[group, here] * U[group, there]
+            T = torch.tensordot(rows, q, 1) if i == 0 else torch.einsum("pi,pi...->p...", rows, T)
+        return T
+
+
+def _dual(U: Tensor) -> Tensor:
+    """U⁻ᵀ, by group."""
+    return torch.linalg.inv(U.double()).mT.to(U.dtype).contiguous()
