@@ -180,7 +180,7 @@ class BlockFisher(CurvatureEstimator):
             self._take_rows(rows, objective.count() // settings.average, objective)
         else:
             total, _ = block_moments(rows, self._sizes)
-            new = total / (objective.count() // settings.average)
+            new = total.div_(objective.count() // settings.average)
             old, decay = self._blocks, settings.decay
             self._blocks = new if old is None else decay * old + (1 - decay) * new
             self._mean_diagonal = float(self._blocks.diagonal(dim1=1, dim2=2).sum() / self.space.size)
