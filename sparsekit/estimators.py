@@ -126,7 +126,8 @@ class BlockFisherSettings(EstimatorSettings):
     @model_validator(mode="after")
     def _consistent(self) -> BlockFisherSettings:
         if self.examples % self.average:
-            raise ValueError(f"average={self.average} must divide examples={self.examples}")
+            fits = max(self.examples // self.average, 1) * self.average
+            raise ValueError(f"average={self.average} must divide examples={self.examples}; examples={fits} would do")
         if self.fisher == "exact" and (self.average > 1 or self.store == "rows"):
             raise ValueError("the exact Fisher has several rows an example: use average=1 and store=blocks or auto")
         if self.decay and self.store == "rows":
