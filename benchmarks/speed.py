@@ -1,11 +1,14 @@
 """Seconds of this code against the published recursions, as ratios.
 
-    python benchmarks/speed.py                        # one thread, five repetitions, about five minutes, 4 GiB
+    python benchmarks/speed.py                        # one thread, three repetitions, about five minutes, 4 GiB
     python benchmarks/speed.py blocks --repetitions 9
 
 Each section times two ways to the same result in one process, turn about, in every repetition; what counts is the
 ratio, of which the median and the quartiles are printed, with how far the results are apart. The recursions are
 written here from the papers, in float32 as published, vectorised over all that is independent.
+
+M-FAC's recursion is bound by the memory's speed, the factorisation by the processor's: its two triangular products
+of m²n/2 multiply-adds each cannot take less than one full product G Gᵀ.
 """
 
 from __future__ import annotations
@@ -87,7 +90,7 @@ def blocks(repetitions: int) -> None:
     width, rows = 50, gradients(65_500)
     gamma = 0.1 * float(rows.square().mean())
     published, ours = [], []
-    for _ in range(repetitions):
+    for _ in range(3 * repetitions):  # these are short
         spent, recursed = seconds(lambda: rank_one(rows, width, gamma))
         published.append(spent)
         spent, factored = seconds(lambda: cholesky(rows, width, gamma))
@@ -155,6 +158,7 @@ def _products(
         yield published, seconds(lambda: operator @ v)
 
 
+#: A further section is a function of the number of repetitions that calls `report`.
 SECTIONS = {"blocks": blocks, "low-rank": low_rank}
 
 
@@ -162,7 +166,7 @@ def main() -> None:
     """Print the machine, then a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", default=list(SECTIONS), metavar=" | ".join(SECTIONS))
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
     for name in options.sections:
         if name not in SECTIONS:
