@@ -126,7 +126,8 @@ class BlockFisherSettings(EstimatorSettings):
     @model_validator(mode="after")
     def _consistent(self) -> BlockFisherSettings:
         if self.examples % self.average:
-            raise ValueError(f"average={self.average} must divide examples={self.examples}")
+            fits = max(self.examples // self.average, 1) * self.average
+            raise ValueError(f"average={self.average} must divide examples={self.examples}; examples={fits} would do")
         if self.fisher == "exact" and (self.average > 1 or self.store == "rows"):
             raise ValueError("the exact Fisher has several rows an example: use average=1 and store=blocks or auto")
         if self.decay and self.store == "rows":
@@ -180,7 +181,7 @@ class BlockFisher(CurvatureEstimator):
             self._take_rows(rows, objective.count() // settings.average, objective)
         else:
             total, _ = block_moments(rows, self._sizes)
-            new = total / (objective.count() // settings.average)
+            new = total.div_(objective.count() // settings.average)
             old, decay = self._blocks, settings.decay
             self._blocks = new if old is None else decay * old + (1 - decay) * new
             self._mean_diagonal = float(self._blocks.diagonal(dim1=1, dim2=2).sum() / self.space.size)

@@ -217,6 +217,8 @@ class Saliency(ABC):
     """Scores weights: the lowest are removed first."""
 
     name: ClassVar[str]
+    #: Whether it scores the groups of a pattern, and so needs a pattern that has them.
+    of_groups: ClassVar[bool] = False
     Settings: ClassVar[type[Settings]] = Settings
 
     def __init__(self, settings: Any) -> None:
@@ -263,6 +265,11 @@ class Pattern(ABC):
     def units(self, space: ParameterSpace) -> Units | None:
         """The groups that are decided on together; by default None, weights go one by one."""
         return None
+
+    @classmethod
+    def has_groups(cls) -> bool:
+        """Whether it decides on groups."""
+        return cls.units is not Pattern.units
 
     @abstractmethod
     def choose(self, scores: Tensor, mask: Mask, count: int, space: ParameterSpace) -> Tensor:

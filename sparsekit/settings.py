@@ -138,6 +138,11 @@ def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
             f"the damping of the estimator '{classes['estimator'].name}' is not in units of the Fisher; give exact "
             "compensation its own: compensation.damping"
         )
+    if classes["saliency"].of_groups and not classes["pattern"].has_groups():
+        raise SettingsError(
+            f"the saliency '{classes['saliency'].name}' scores groups, and the pattern '{classes['pattern'].name}' has "
+            "none; use it with --pattern n:m or block"
+        )
     task = classes["task"]
     recipe = validated(FinetuneSettings, {**task.finetune.model_dump(), **settings.finetune}, "finetune")
     sparsity = tuple(sorted(set(settings.sparsity or task.sparsity)))

@@ -20,9 +20,9 @@ def layer_groups(model: nn.Module, space: ParameterSpace) -> dict[str, int]:
     found = {str(layer.weight): int(getattr(layer.module, "groups", 1)) for layer in _matrices(model, space)}
     others = [name for name in space.names if name not in found]
     if others:
+        end = "belongs to none: exclude it" if len(others) == 1 else "belong to none: exclude them"
         raise ModelError(
-            f"layer-wise least squares needs weights of Linear, Conv1d or Conv2d layers; {', '.join(others)} "
-            "belongs to none: exclude it"
+            f"layer-wise least squares needs weights of Linear, Conv1d or Conv2d layers; {', '.join(others)} {end}"
         )
     return {name: found[name] for name in space.names}
 

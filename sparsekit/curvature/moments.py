@@ -49,15 +49,20 @@ def block_moments(rows: Iterable[Tensor], sizes: Sequence[int]) -> tuple[Tensor,
         (m, B, B) with B the longest stretch, zero in the surplus of shorter ones; the number of rows.
     """
     width, count, total = max(sizes), 0, None
+    lengths = torch.tensor(sizes)
+    inside = torch.arange(width) < lengths[:, None]  # (m, B)
+    columns = (lengths.cumsum(0) - lengths)[:, None] + torch.arange(width)
+    columns, short = columns.clamp_max(int(lengths.sum()) - 1).flatten(), not bool(inside.all())
     for batch in rows:
-        inside = torch.arange(width, device=batch.device) < torch.tensor(sizes, device=batch.device)[:, None]
-        blocked = batch.new_zeros(len(batch), *inside.shape)
-        blocked[:, inside] = batch
-        blocked = blocked.movedim(0, 1)  # (m, b, B)
         if total is None:
             total = torch.zeros(*inside.shape, width, dtype=torch.float64, device=batch.device)
-        total += blocked.mT @ blocked
+            product = torch.empty_like(total, dtype=batch.dtype)  # one for all batches: fresh memory is slow
+            inside, columns = inside.to(batch.device), columns.to(batch.device)
+        # in the surplus of a short stretch stands what follows it, which is struck out at the end
+        blocked = batch.index_select(1, columns) if short else batch
+        blocked = blocked.reshape(len(batch), *inside.shape).movedim(0, 1)  # (m, b, B)
+        total += torch.bmm(blocked.mT, blocked, out=product)
         count += len(batch)
     if total is None:
         raise ValueError("there are no rows")
-    return total, count
+    return total.masked_fill_(~(inside[:, :, None] & inside[:, None, :]), 0.0) if short else total, count

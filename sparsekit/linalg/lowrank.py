@@ -14,7 +14,10 @@ from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, padded
 #: Bytes of the columns of G that are worked on at a time, and brought to the device where G lies on the host.
 PAGE_BYTES = 1 << 25
 
-#: Bound of λmax/γ up to which float32 products with the rows lose no more than about three digits.
+#: Rows of a triangular matrix that are worked on at a time, so that the half that is known is not computed.
+TILE = 128
+
+#: Bound of λmax/γ up to which float32 squares of the rows lose no more than about three digits.
 SINGLE_PRECISION_RANGE = 1e4
 
 
@@ -23,8 +26,9 @@ class DiagonalPlusLowRank(LinearOperator):
 
     With the Cholesky factor of the r × r matrix K = γmI + GGᵀ = LLᵀ and V = L⁻¹G:
     Σ = (I − VᵀV)/γ, which has the memory of G and the cost of two passes over it. V is not kept: pages of its
-    columns are made where they are needed. K and its factor are float64 always; products with G are in float64
-    too where the bound tr(GᵀG)/(mγ) of λmax/γ says that 1 − Σ V² would cancel in the rows' own type.
+    columns are made where they are needed. K and its factor are float64 always. What is made of G, with the bound
+    b = tr(GᵀG)/(mγ) of λmax/γ: GGᵀ and 1 − Σ V² lose b in digits, and are taken in float64 where that is too much
+    for the rows' own type; products with vectors lose √b in the norm of H, and are in float64 beyond its square.
 
     Args:
         rows: G (r, n), on the device or in host memory.
@@ -53,10 +57,11 @@ class DiagonalPlusLowRank(LinearOperator):
         self._page = max(1, PAGE_BYTES // (8 * max(len(rows), 1)))
 
     # -- pages of columns ------------------------------------------------------------------------------------
-    def _pages(self, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, self.size, self._page):
-            where = slice(start, min(start + self._page, self.size))
-            columns = self.rows[:, where].to(device=self.device, dtype=dtype or self.working, non_blocking=True)
+    def _pages(self, dtype: torch.dtype, page: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        page = page or self._page
+        for start in range(0, self.size, page):
+            where = slice(start, min(start + page, self.size))
+            columns = self.rows[:, where].to(device=self.device, dtype=dtype, non_blocking=True)
             yield where, columns if self.kept is None else columns * self.kept[where]
 
     @cached_property
@@ -68,10 +73,19 @@ class DiagonalPlusLowRank(LinearOperator):
         return out
 
     @cached_property
+    def _spread(self) -> float:
+        """The bound of λmax/γ."""
+        return float(self._squares.sum()) / (self.count * self.damping)
+
+    @property
     def working(self) -> torch.dtype:
-        """The type that products with the rows are taken in."""
-        spread = float(self._squares.sum()) / (self.count * self.damping)
-        return self.dtype if spread < SINGLE_PRECISION_RANGE else torch.float64
+        """The type that squares of the rows are taken in."""
+        return self.dtype if self._spread < SINGLE_PRECISION_RANGE else torch.float64
+
+    @property
+    def _of_products(self) -> torch.dtype:
+        """The type that products of the rows with vectors are taken in."""
+        return self.dtype if self._spread < SINGLE_PRECISION_RANGE**2 else torch.float64
 
     @cached_property
     def _factor(self) -> Tensor:
@@ -81,10 +95,17 @@ class DiagonalPlusLowRank(LinearOperator):
     def _gram(self, where: Tensor | None = None) -> Tensor:
         """GGᵀ, float64, or that of the columns at `where` (n,) bool."""
         out = torch.zeros(len(self.rows), len(self.rows), dtype=torch.float64, device=self.device)
-        for page, columns in self._pages():
+        for page, columns in self._pages(self.working):
             chosen = columns if where is None else columns[:, where[page]]
-            out += chosen @ chosen.mT
-        return out
+            for tile, upto in self._tiles():
+                out[tile, :upto] += chosen[tile] @ chosen[:upto].mT
+        return out.tril_() + out.tril(-1).mT
+
+    def _tiles(self) -> Iterator[tuple[slice, int]]:
+        """Rows of a lower triangular matrix of the rows' number, and how many of their columns are not zero."""
+        for start in range(0, len(self.rows), TILE):
+            end = min(start + TILE, len(self.rows))
+            yield slice(start, end), end
 
     def _cholesky(self, gram: Tensor) -> Tensor:
         gram.diagonal().add_(self.damping * self.count)
@@ -97,40 +118,47 @@ class DiagonalPlusLowRank(LinearOperator):
             )
         return factor
 
+    def _pages_of_products(self) -> Iterator[tuple[slice, Tensor]]:
+        copied = self._of_products != self.dtype or self.rows.device != self.device or self.kept is not None
+        return self._pages(self._of_products, None if copied else 16 * self._page)
+
     def _project(self, X: Tensor) -> Tensor:
         """G X, (r, k), float64."""
         out = torch.zeros(len(self.rows), X.shape[1], dtype=torch.float64, device=self.device)
-        for where, columns in self._pages():
+        for where, columns in self._pages_of_products():
             out += columns @ X[where].to(columns.dtype)
         return out
 
-    def _spread(self, Y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _project_back(self, Y: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Gᵀ Y by pages, for Y (r, k)."""
-        for where, columns in self._pages():
+        for where, columns in self._pages_of_products():
             yield where, columns.mT @ Y.to(columns.dtype)
 
     # -- the operator ------------------------------------------------------------------------------------------
     def _matmul(self, X: Tensor) -> Tensor:
         inner = torch.cholesky_solve(self._project(X), self._factor)
         out = torch.empty_like(X)
-        for where, part in self._spread(inner):
+        for where, part in self._project_back(inner):
             out[where] = (X[where] - part) / self.damping
         return out
 
     def _solve(self, B: Tensor) -> Tensor:
         inner = self._project(B) / self.count
         out = torch.empty_like(B)
-        for where, part in self._spread(inner):
+        for where, part in self._project_back(inner):
             out[where] = self.damping * B[where] + part
         return out
 
     def diagonal(self) -> Tensor:
         """(1 − Σ_rows V²)/γ."""
         out = torch.empty(self.size, dtype=self.dtype, device=self.device)
-        factor = self._factor.to(self.working)
-        for where, columns in self._pages():
-            V = torch.linalg.solve_triangular(factor, columns, upper=False)
-            out[where] = ((1 - V.square_().sum(0)) / self.damping).to(self.dtype)
+        eye = torch.eye(len(self.rows), dtype=torch.float64, device=self.device)
+        inverse = torch.linalg.solve_triangular(self._factor, eye, upper=False).to(self.working)
+        for where, columns in self._pages(self.working):
+            squares = torch.zeros(columns.shape[1], dtype=columns.dtype, device=self.device)
+            for tile, upto in self._tiles():
+                squares += (inverse[tile, :upto] @ columns[:upto]).square_().sum(0)
+            out[where] = ((1 - squares) / self.damping).to(self.dtype)
         return out
 
     def inverse_diagonal(self) -> Tensor:
@@ -182,6 +210,6 @@ class DiagonalPlusLowRank(LinearOperator):
         # H_SS⁻¹ (H_SC x_C + c_S), the two terms pushed through Woodbury's identity together
         inner = self._project((target - free / self.damping)[:, None])
         out = torch.empty_like(target)
-        for where, part in self._spread(torch.cholesky_solve(inner, factor)):
+        for where, part in self._project_back(torch.cholesky_solve(inner, factor)):
             out[where] = -part[:, 0] - free[where] / self.damping
         return ConstrainedMinimum(torch.where(fixed, target, out))

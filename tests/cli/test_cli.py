@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +6,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from sparsekit.cli import main
 from sparsekit.models import DigitsNet
 
 FAST = [
@@ -18,23 +16,6 @@ FAST = [
     "--set",
     "finetune.epochs=0.2",
 ]
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys, tmp_path):
-    """sparsekit ARGS -> (exit code, standard output, standard error); output goes under tmp_path."""
-
-    def call(*args, output=True):
-        extra = ["--output", str(tmp_path / "runs")] if output else []
-        monkeypatch.setattr(sys, "argv", ["sparsekit", *args, *extra])
-        try:
-            code = main()
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code or 0, captured.out, captured.err
-
-    return call
 
 
 def test_the_main_job_end_to_end(cli, tmp_path):

@@ -202,6 +202,7 @@ def test_stretches_do_not_couple(operator):
 def test_pages_change_nothing(monkeypatch):
     whole = dense(low_rank())
     monkeypatch.setattr("sparsekit.linalg.lowrank.PAGE_BYTES", 2 * 8 * 4)  # two columns a page
+    monkeypatch.setattr("sparsekit.linalg.lowrank.TILE", 3)  # of four rows
     assert_close(dense(low_rank()), whole)
     assert_close(low_rank().diagonal(), whole.diagonal())
 
@@ -213,6 +214,24 @@ def test_single_precision_rows_keep_their_digits_at_small_damping():
     truth = torch.linalg.inv(rows.float().double().mT @ rows.float().double() / 200 + 1e-7 * torch.eye(n))
     operator = DiagonalPlusLowRank(rows.float(), 1e-7, 200)
     assert_close(operator.diagonal().double(), truth.diagonal(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("damping", [1e-7, 1e-5, 1e-3], ids=str)
+def test_single_precision_products_keep_their_digits(damping):
+    n, spectrum = 300, torch.logspace(0, -6, 300, dtype=torch.float64)
+    rows = (draw(40, n) @ torch.diag(spectrum.sqrt()) @ torch.linalg.qr(draw(n, n, seed=8)).Q).float()
+    H = rows.double().mT @ rows.double() / 40 + damping * torch.eye(n)
+    operator, v = DiagonalPlusLowRank(rows, damping, 40), draw(n, seed=2)
+
+    def apart(found, truth):
+        error = found.double() - truth
+        return float((error @ H @ error / (truth @ H @ truth)).sqrt())
+
+    assert apart(operator @ v.float(), torch.linalg.solve(H, v)) < 1e-3
+    assert_close(operator.solve(v.float()).double(), H @ v, rtol=1e-4, atol=1e-4 * float((H @ v).abs().max()))
+    fixed = torch.arange(n) % 3 == 0
+    truth = kkt(H, torch.zeros_like(v), fixed, v)
+    assert apart(operator.minimise(fixed, v.float()).solution, truth) < 1e-3
 
 
 def test_principal_part_couples_nothing_outside():

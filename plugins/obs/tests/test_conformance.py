@@ -1,7 +1,9 @@
 import pytest
+import torch
 
-from sparsekit.testing import block_mask, damped, dense_fisher, estimator_checks
+from sparsekit.testing import PROBLEMS, block_mask, damped, dense_fisher, estimator_checks
 from sparsekit_obs.estimator import OptimalBrainSurgeon
+from sparsekit_obs.layerwise import LayerwiseSurgeon
 
 
 def blocks(objective, settings):
@@ -24,4 +26,54 @@ CHECKS = [
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_conformance(check):
+    check()
+
+
+def layers(objective, settings):
+    """The Hessian of Σ_n ‖layer(x_n; W) − layer(x_n; W₀)‖² / N by automatic differentiation, layer by layer, damped."""
+    space, uses = objective.space, {name: [] for name in objective.space.names}
+    owners = [
+        (module, name)
+        for name, parameter in objective.model.named_parameters()
+        for module in objective.model.modules()
+        if getattr(module, "weight", None) is parameter and name in uses
+    ]
+    hooks = [
+        module.register_forward_hook(lambda module, args, output, name=name: uses[name].append((module, args[0])))
+        for module, name in owners
+    ]
+    with torch.no_grad():
+        for inputs, _ in objective.batches:
+            objective.model(inputs)
+    for hook in hooks:
+        hook.remove()
+    H = torch.zeros(space.size, space.size, dtype=torch.float64)
+    for info in space.parameters:
+        for module, x in uses[info.name]:
+            J = torch.func.jacrev(
+                lambda w, module=module, x=x: torch.func.functional_call(module, {"weight": w}, (x,))
+            )(module.weight.detach())
+            J = J.reshape(-1, info.size)
+            H[info.slice, info.slice] += 2 * J.mT @ J / objective.count()
+        diagonal = H.diagonal()[info.slice]
+        gamma = settings.damping * (float(diagonal.mean()) if settings.damping_scale == "relative" else 1.0)
+        diagonal += torch.where(diagonal == 0, LayerwiseSurgeon.DEAD * gamma, gamma)
+    return H
+
+
+# Problems `linear` and `convolution` prune biases and normalisation, which this method refuses.
+WEIGHTS_ALONE = [name for name in PROBLEMS if name not in ("linear", "convolution")]
+LAYERWISE = {"relative": {}, "absolute": {"damping": 0.1, "damping_scale": "absolute"}}
+WAIVED = {"large_damping": "a relative γ is of each layer's own diagonal: γΣ tends to I in each layer, not with one γ"}
+LAYERWISE_CHECKS = [
+    pytest.param(run, id=f"{label}-{name}")
+    for label, settings in LAYERWISE.items()
+    for name, run in estimator_checks(
+        LayerwiseSurgeon, settings, WEIGHTS_ALONE, layers, waived=WAIVED, solve_tolerance=1e-7
+    )
+]
+
+
+@pytest.mark.parametrize("check", LAYERWISE_CHECKS)
+def test_conformance_layer_by_layer(check):
     check()

@@ -61,6 +61,14 @@ def test_the_precision_is_the_layers_own_hessian(objective, name):
     assert H[where].count_nonzero() == H[where, where].count_nonzero()
 
 
+@pytest.mark.parametrize("scale", ["absolute", "relative"])
+def test_large_damping_leaves_magnitude_in_each_layer(objective, scale):
+    sigma = estimator(objective, damping=1e10, damping_scale=scale).inverse().operator.diagonal()
+    for info in objective.space.parameters:
+        live = sigma[info.slice].view(info.shape)[:, -1 if info.name != "0.weight" else 0].flatten()
+        assert_close(live, live[:1].expand_as(live), rtol=1e-6, atol=0)
+
+
 def test_dead_inputs_go_first(objective):
     info = objective.space["0.weight"]
     inverse = estimator(objective).inverse()

@@ -107,6 +107,7 @@ class GroupSurgeon(Saliency):
     """
 
     name: ClassVar[str] = "obs-group"
+    of_groups: ClassVar[bool] = True
 
     def score(self, context: ScoreContext) -> Tensor:
         """(n,) shares of the groups' costs, in units of the loss.
