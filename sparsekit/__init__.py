@@ -30,7 +30,7 @@ from sparsekit.interfaces import (
 )
 from sparsekit.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from sparsekit.objective import Objective
-from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.parameters import Mask, ParameterInfo, ParameterSpace
 from sparsekit.removal import InverseFisher, Removal
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "Memory",
     "ModelError",
     "Objective",
+    "ParameterInfo",
     "ParameterSpace",
     "Pattern",
     "PluginError",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Self
@@ -16,11 +16,18 @@ from sparsekit.errors import ModelError
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """One prunable tensor and its place in the flat vector."""
+    """One prunable tensor and its place in the flat vector.
+
+    Attributes:
+        layer: the kind of module that it belongs to, the first one where it is tied; None where nobody said.
+        groups: that module's `groups`, 1 where it has none: shares of its outputs that see different inputs.
+    """
 
     name: str
     shape: tuple[int, ...]
     start: int
+    layer: type[nn.Module] | None = field(default=None, compare=False)
+    groups: int = field(default=1, compare=False)
 
     @property
     def size(self) -> int:
@@ -52,10 +59,14 @@ class ParameterSpace:
         *,
         skipped: Mapping[str, str] | None = None,
         total: int | None = None,
+        owners: Mapping[str, nn.Module] | None = None,
     ) -> None:
         infos, start = [], 0
         for name, shape in shapes.items():
-            infos.append(ParameterInfo(name, tuple(shape), start))
+            owner = (owners or {}).get(name)
+            groups = getattr(owner, "groups", 1)
+            layer = None if owner is None else type(owner)
+            infos.append(ParameterInfo(name, tuple(shape), start, layer, groups if isinstance(groups, int) else 1))
             start += infos[-1].size
         self.parameters: tuple[ParameterInfo, ...] = tuple(infos)
         self.size = start
@@ -97,7 +108,8 @@ class ParameterSpace:
         if not shapes:
             reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "it has no parameters"
             raise ModelError(f"the model has no prunable parameter ({reasons}); include some by name")
-        return cls(shapes, skipped=skipped, total=sum(t.numel() for t in named.values()))
+        owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in shapes}
+        return cls(shapes, skipped=skipped, total=sum(t.numel() for t in named.values()), owners=owners)
 
     def __len__(self) -> int:
         return len(self.parameters)

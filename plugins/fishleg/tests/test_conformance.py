@@ -1,6 +1,6 @@
 import pytest
 
-from sparsekit.testing import PROBLEMS, estimator_checks
+from sparsekit.testing import PROBLEMS, block_mask, damped, dense_fisher, estimator_checks
 from sparsekit_fishleg.estimator import FishLeg
 
 ONE_DAMPING = {"another_damping": "Q is fitted at one damping; at another it is an approximation, or refused"}
@@ -23,11 +23,43 @@ CONFIGURATIONS = {
         ("linear", "mlp"),
         ONE_DAMPING | HELD_OUT,
     ),
+    "outer diagonal": ({"auxiliary_steps": 6, "structure": "outer"}, ("mlp",), ONE_DAMPING | HELD_OUT),
+    "three factors": ({"auxiliary_steps": 0, "structure": "three-factor"}, ("convolution", "grouped"), {}),
+    "three factors, refined": (
+        {"auxiliary_steps": 6, "structure": "three-factor"},
+        ("convolution", "grouped"),
+        ONE_DAMPING | HELD_OUT,
+    ),
+    "a block for each output": ({"auxiliary_steps": 0, "structure": "blocks"}, ("mlp", "grouped"), {}),
+    "dense": ({"auxiliary_steps": 0, "structure": "dense"}, ("mlp", "tied", "grouped"), {}),
     "diagonal blocks": ({"auxiliary_steps": 0, "max_factor": 1}, ("bernoulli",), {}),
+    "diagonal": ({"auxiliary_steps": 0, "structure": "diagonal"}, ("bernoulli",), {}),
+}
+
+
+def whole_tensors(objective, settings):
+    sizes = [info.size for info in objective.space.parameters]
+    return damped(dense_fisher(objective, settings.fisher) * block_mask(sizes), settings)
+
+
+def outputs(objective, settings):
+    """A block for each row of a matrix; the problems' vectors are not asked for."""
+    sizes = [info.size // info.shape[0] for info in objective.space.parameters for _ in range(info.shape[0])]
+    return damped(dense_fisher(objective, settings.fisher) * block_mask(sizes), settings)
+
+
+EXACT = {
+    "dense": ({"structure": "dense"}, ("no bias",), whole_tensors),
+    "by size": ({"dense_below": 1000}, ("no bias", "gaussian"), whole_tensors),
+    "a block for each output": ({"structure": "blocks"}, ("no bias",), outputs),
 }
 
 
 def parametrised():
+    for label, (settings, problems, expected) in EXACT.items():
+        exact = settings | {"fisher": "exact", "auxiliary_steps": 0}
+        for name, run in estimator_checks(FishLeg, exact, problems, expected=expected, tolerance=1e-6):
+            yield pytest.param(run, id=f"exact, {label}-{name}")
     for label, (settings, problems, waived) in CONFIGURATIONS.items():
         for name, run in estimator_checks(FishLeg, settings, problems, waived=waived):
             yield pytest.param(run, id=f"{label}-{name}")

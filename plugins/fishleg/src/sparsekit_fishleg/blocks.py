@@ -1,82 +1,233 @@
 """One tensor's share of Q: how it starts, its product as a function of its parameters, and its operator.
 
-A weight tensor is a matrix W (rows, columns): outputs by everything else. Its gradient rows G_n have the same
-shape, and Q acts as U ↦ L (q ∘ (Lᵀ U R)) Rᵀ, that is Q = (L ⊗ R) diag(q) (L ⊗ R)ᵀ.
+The weights are `groups` arrays of shape (d_1, …, d_m) (see `structures`), and so are the gradient rows G_n. Q acts on
+each array as O (U_1 ⊗ … ⊗ U_m) diag(q) (U_1 ⊗ … ⊗ U_m)ᵀ O, with U_i the identity for modes without a factor, and
+O = I but for structure 'outer'. For a weight matrix: U ↦ U_1 (q ∘ (U_1ᵀ U U_2)) U_2ᵀ.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sparsekit import CurvatureError
-from sparsekit.linalg import Diagonal, KroneckerDiagonal, LinearOperator
+from sparsekit.linalg import BlockDiagonal, Diagonal, KroneckerDiagonal, LinearOperator, kronecker_product
+from sparsekit_fishleg.structures import Structure, View
+
+#: Structures whose q is a product of one vector for each mode.
+RANK_ONE = ("kronecker", "outer")
 
 
-class Block(ABC):
+class Block:
     """The learned inverse Fisher of one tensor, n_l weights.
+
+    It starts in the Kronecker-factored eigenbasis, or at I/γ. The bases are the eigenvectors of the second moments of
+    the gradient rows along each mode, for matrices E G Gᵀ and E Gᵀ G, and D = E ((U_1 ⊗ … ⊗ U_m)ᵀ G)² their own second
+    moments there (as in EKFAC; George et al., 2018). Training moves the factors multiplicatively, U_i ← U_i M_i with
+    M_i = I at the start, so that one step size suits factors of any scale.
+
+    The state, i counting modes: `basis{i}` (g, d_i, d_i) and `moment{i}` (g, d_i), eigenvectors and eigenvalues of the
+    second moments; `spectrum`, D; `q`; both (g, d_1, …, d_m). Where they apply: `factor{i}`, U_i once it is no longer
+    the basis; `log_scale{i}` (g, d_i), the logarithms whose sum is that of a q of rank one; `outer`, the diagonal of O.
+
+    Args:
+        view: how the tensor is seen.
+        structure: 'kronecker' and 'outer': q is a product of one vector for each mode; 'outer': O is free too;
+            'frozen': the factors stay eigenvectors; anything else: q and the factors are free.
 
     Attributes:
         size: n_l.
-        state: name -> tensor, what is known of F and the present Q.
+        shape: (g, d_1, …, d_m).
+        state: see above.
         moments: name -> tensor, the optimiser's, for the parameters that led to this Q; empty where none are kept.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, view: View, structure: Structure) -> None:
+        self.view, self.structure, self.size = view, structure, view.size
+        self.shape = (view.groups, *view.modes)
+        self.rank_one = structure in RANK_ONE and any(view.factored)
         self.state: dict[str, Tensor] = {}
         self.moments: dict[str, Tensor] = {}
 
-    @abstractmethod
+    @property
+    def factored(self) -> list[int]:
+        """The modes with a factor."""
+        return [i for i, known in enumerate(self.view.factored) if known]
+
+    def _factors(self, kind: str = "factor") -> list[Tensor | None]:
+        """U_i by mode; the eigenvectors where that is what it is, or where they are asked for."""
+        return [
+            self.state.get(f"{kind}{i}", self.state[f"basis{i}"]) if known else None
+            for i, known in enumerate(self.view.factored)
+        ]
+
+    # -- starts ------------------------------------------------------------------------------------------
     def identity(self, damping: float, like: Tensor) -> None:
         """Start from Q = I/γ."""
+        groups, modes = self.view.groups, self.view.modes
+        for i in self.factored:
+            eye = torch.eye(modes[i], dtype=like.dtype, device=like.device)
+            self.state[f"basis{i}"] = eye.repeat(groups, 1, 1)
+        self._set_q(like.new_full(self.shape, 1 / damping))
+        if self.structure == "outer" and self.rank_one:
+            self.state["outer"] = like.new_ones(self.shape)
 
-    def gather_bases(self, rows: Tensor, totals: dict[str, Tensor]) -> None:  # noqa: B027 - a diagonal has none
+    def gather_bases(self, rows: Tensor, totals: dict[str, Tensor]) -> None:
         """Add rows (b, n_l) to the sums from which the bases come, in float64."""
+        G = rows.view(-1, *self.shape)
+        for i in self.factored:
+            others = [axis for axis in range(2, G.dim()) if axis != i + 2]
+            d = self.view.modes[i]
+            if i == len(self.view.modes) - 1:
+                flat = G.permute(1, 0, *others, i + 2).reshape(self.view.groups, -1, d)
+                _add(totals, f"moment{i}", flat.mT @ flat)
+            else:
+                wide = G.permute(1, i + 2, 0, *others).reshape(self.view.groups, d, -1)
+                _add(totals, f"moment{i}", wide @ wide.mT)
 
-    def set_bases(self, totals: dict[str, Tensor], count: int, decay: float, dtype: torch.dtype) -> None:  # noqa: B027
+    def set_bases(self, totals: dict[str, Tensor], count: int, decay: float, dtype: torch.dtype) -> None:
         """Mix the sums over `count` examples into what is known and diagonalise; the sums are used up."""
+        turns: list[Tensor | None] = [None] * len(self.view.modes)
+        for i in self.factored:
+            old, moment = self.state.get(f"basis{i}"), _mean(totals, f"moment{i}", count)
+            if old is not None and f"moment{i}" in self.state:
+                wide = old.double()
+                moment = (1 - decay) * moment + decay * (wide * self.state[f"moment{i}"].double()[:, None]) @ wide.mT
+            values, vectors = torch.linalg.eigh(moment)
+            # contiguous: products must not depend on whether a state was saved and loaded in between
+            new = vectors.to(dtype).contiguous()
+            turns[i] = None if old is None else (new.mT @ old).square_()
+            self.state[f"basis{i}"], self.state[f"moment{i}"] = new, values.to(dtype)
+        if "spectrum" in self.state:
+            # The earlier model of F, seen in the new basis: its diagonal there.
+            self.state["spectrum"] = kronecker_product(turns, self.state["spectrum"][None])[0]
 
-    @abstractmethod
     def gather_spectrum(self, rows: Tensor, totals: dict[str, Tensor]) -> None:
         """Add rows (b, n_l) to the sum of squares in the present basis, in float64."""
+        rotated = kronecker_product(self._factors("basis"), rows.view(-1, *self.shape), transposed=True)
+        # Without a factor the rows themselves come back, which are the caller's.
+        _add(totals, "spectrum", (rotated.square_() if self.factored else rotated.square()).sum(0))
 
     def set_spectrum(self, totals: dict[str, Tensor], count: int, decay: float, dtype: torch.dtype) -> None:
         """Mix the sum of squares over `count` examples into the spectrum D; the sum is used up."""
-        new = _mean(totals, "spectrum", count).to(dtype)
-        self.state["spectrum"] = _mixed(self.state.get("spectrum"), new, decay)
+        new, old = _mean(totals, "spectrum", count).to(dtype), self.state.get("spectrum")
+        self.state["spectrum"] = new if old is None else decay * old + (1 - decay) * new
 
-    @abstractmethod
     def closed_form(self, damping: float) -> None:
-        """Q = 1/(D + γ), the minimiser of the auxiliary loss over q in the basis of the spectrum."""
+        """Q = 1/(D + γ), the minimiser of the auxiliary loss over q in the basis of the spectrum.
 
-    @abstractmethod
+        A q of rank one is its best fit in the logarithm; 'outer' then gives Q the diagonal that the full q would have.
+        """
+        for i in self.factored:
+            self.state.pop(f"factor{i}", None)
+        full = (self.state["spectrum"] + damping).reciprocal()
+        self._set_q(full)
+        if self.structure == "outer" and self.rank_one:
+            squares = [None if U is None else U.square() for U in self._factors("basis")]
+            wanted, got = (kronecker_product(squares, q[None])[0] for q in (full, self.state["q"]))
+            self.state["outer"] = (wanted / got).sqrt()
+
+    def _set_q(self, q: Tensor) -> None:
+        if not self.rank_one:
+            self.state["q"] = q
+            return
+        log_q, m = q.log(), len(self.view.modes)
+        level = log_q.flatten(1).mean(1)
+        for i in range(m):
+            others = [axis for axis in range(1, m + 1) if axis != i + 1]
+            mean = log_q.mean(others) if others else log_q
+            self.state[f"log_scale{i}"] = mean - level[:, None] * ((m - 1) / m)
+        self.state["q"] = self._q_of([self.state[f"log_scale{i}"] for i in range(m)])
+
+    def _q_of(self, log_scales: Sequence[Tensor]) -> Tensor:
+        total = log_scales[0].new_zeros(())
+        for i, scale in enumerate(log_scales):
+            total = total + scale.view(len(scale), *[-1 if j == i else 1 for j in range(len(log_scales))])
+        return total.exp()
+
+    # -- training ----------------------------------------------------------------------------------------
     def trainable(self) -> dict[str, Tensor]:
         """The parameters λ of Q, as fresh leaves to be trained."""
+        q, groups = self.state["q"], self.view.groups
+        out = {}
+        if self.structure != "frozen":
+            for i in self.factored:
+                eye = torch.eye(self.view.modes[i], dtype=q.dtype, device=q.device)
+                out[f"factor{i}"] = eye.repeat(groups, 1, 1)
+        if self.rank_one:
+            out |= {f"log_scale{i}": self.state[f"log_scale{i}"].clone() for i in range(len(self.view.modes))}
+        else:
+            out["log_q"] = q.log()
+        if "outer" in self.state:
+            out["log_outer"] = self.state["outer"].log()
+        return {name: tensor.requires_grad_(True) for name, tensor in out.items()}
 
-    @abstractmethod
+    def _of(self, parameters: Mapping[str, Tensor]) -> tuple[list[Tensor | None], Tensor, Tensor | None]:
+        """Factors, q and outer diagonal as functions of λ."""
+        factors = [
+            U @ parameters[f"factor{i}"] if U is not None and f"factor{i}" in parameters else U
+            for i, U in enumerate(self._factors())
+        ]
+        if self.rank_one:
+            q = self._q_of([parameters[f"log_scale{i}"] for i in range(len(self.view.modes))])
+        else:
+            q = parameters["log_q"].exp()
+        return factors, q, parameters["log_outer"].exp() if "log_outer" in parameters else None
+
     def product(self, parameters: Mapping[str, Tensor], U: Tensor) -> Tensor:
         """Q(λ) U for U (n_l, k), differentiable in λ."""
+        factors, q, outer = self._of(parameters)
+        X = U.mT.reshape(-1, *self.shape)
+        X = X if outer is None else outer * X
+        X = kronecker_product(factors, q * kronecker_product(factors, X, transposed=True))
+        X = X if outer is None else outer * X
+        return X.reshape(U.shape[1], -1).mT
 
-    @abstractmethod
     def absorb(self, parameters: Mapping[str, Tensor]) -> None:
         """Make trained parameters the state."""
+        with torch.no_grad():
+            factors, self.state["q"], outer = self._of(parameters)
+        for i, U in enumerate(factors):
+            if U is not None and f"factor{i}" in parameters:
+                self.state[f"factor{i}"] = U
+        for i in range(len(self.view.modes) if self.rank_one else 0):
+            self.state[f"log_scale{i}"] = parameters[f"log_scale{i}"].detach()
+        if outer is not None:
+            self.state["outer"] = outer
 
-    @abstractmethod
+    # -- what it stands for ------------------------------------------------------------------------------
     def operator(self, fitted: float, damping: float) -> LinearOperator:
-        """Q as an operator; `fitted` is the damping that q was fitted at."""
+        """Q as an operator; `fitted` is the damping that q was fitted at.
 
+        Raises:
+            CurvatureError: another damping is asked of a structure that knows no spectrum.
+        """
+        q = self.state["q"]
+        if damping != fitted:
+            if self.rank_one:
+                raise CurvatureError(
+                    f"structure '{self.structure}' was fitted at damping {fitted:.1e} and knows no other; "
+                    "use structure 'eigenbasis', or run again with the damping you want"
+                )
+            # 1/q − γ is the curvature that q stands for.
+            q = ((q.reciprocal() - fitted).clamp_min(0) + damping).reciprocal()
+        if not self.factored:
+            return Diagonal(q.reshape(-1))
+        turned = any(f"factor{i}" in self.state for i in self.factored)
+        if len(self.view.modes) > 1:
+            return KroneckerDiagonal(self._factors(), q, outer=self.state.get("outer"), orthogonal=not turned)
+        (U,) = self._factors()
+        assert U is not None
+        dual = torch.linalg.inv(U.double()).mT.to(U.dtype) if turned else U
+        dual = dual if "outer" not in self.state else dual / self.state["outer"][..., None]
+        return BlockDiagonal((dual / q[:, None]) @ dual.mT, [self.view.modes[0]] * self.view.groups)
 
-def _redamped(q: Tensor, fitted: float, damping: float) -> Tensor:
-    """Q at another damping: 1/q − γ is the curvature that q stands for."""
-    return q if damping == fitted else ((q.reciprocal() - fitted).clamp_min(0) + damping).reciprocal()
-
-
-def _mixed(old: Tensor | None, new: Tensor, decay: float) -> Tensor:
-    return new if old is None else decay * old + (1 - decay) * new
+    @property
+    def factor_sizes(self) -> list[int]:
+        """Numbers in the factor of each mode that has one."""
+        return [self.view.groups * self.view.modes[i] ** 2 for i in self.factored]
 
 
 def _mean(totals: dict[str, Tensor], name: str, count: int) -> Tensor:
@@ -97,127 +248,3 @@ def _add(totals: dict[str, Tensor], name: str, part: Tensor) -> None:
         totals[name] += part
     else:
         totals[name] = part.double()
-
-
-class DiagonalBlock(Block):
-    """Q = diag(q): biases, norms, and tensors too large for factors."""
-
-    def identity(self, damping: float, like: Tensor) -> None:
-        self.state["q"] = like.new_full((self.size,), 1 / damping)
-
-    def gather_spectrum(self, rows: Tensor, totals: dict[str, Tensor]) -> None:
-        _add(totals, "spectrum", rows.square().sum(0))
-
-    def closed_form(self, damping: float) -> None:
-        self.state["q"] = (self.state["spectrum"] + damping).reciprocal()
-
-    def trainable(self) -> dict[str, Tensor]:
-        return {"log_q": self.state["q"].log().requires_grad_(True)}
-
-    def product(self, parameters: Mapping[str, Tensor], U: Tensor) -> Tensor:
-        return parameters["log_q"].exp()[:, None] * U
-
-    def absorb(self, parameters: Mapping[str, Tensor]) -> None:
-        self.state["q"] = parameters["log_q"].detach().exp()
-
-    def operator(self, fitted: float, damping: float) -> LinearOperator:
-        return Diagonal(_redamped(self.state["q"], fitted, damping))
-
-
-class KroneckerBlock(Block):
-    """Q = (L ⊗ R) diag(q) (L ⊗ R)ᵀ; starts in the Kronecker-factored eigenbasis, or at I/γ.
-
-    The bases U_L, U_R are the eigenvectors of E G Gᵀ and E Gᵀ G, taken from the gradient rows themselves, and
-    D = E (U_Lᵀ G U_R)² their own second moments (as in EKFAC; George et al., 2018). Training moves the factors
-    multiplicatively, L ← L M with M = I at the start, so that one step size suits factors of any scale.
-
-    The state: `outputs` (rows, rows) and `inputs` (columns, columns), the moments, in float64; `left_basis`,
-    `right_basis` and `spectrum` (rows, columns), U_L, U_R and D; `q` (rows, columns); and `left`, `right`, L and R,
-    where they are no longer U_L and U_R.
-
-    Args:
-        rows, columns: of the tensor as a matrix.
-        inner: whether q is free; without it Q is the plain product LLᵀ ⊗ RRᵀ.
-    """
-
-    def __init__(self, rows: int, columns: int, *, inner: bool = True) -> None:
-        super().__init__(rows * columns)
-        self.rows, self.columns, self.inner = rows, columns, inner
-
-    def _factor(self, side: str) -> Tensor:
-        return self.state.get(side, self.state[f"{side}_basis"])
-
-    def identity(self, damping: float, like: Tensor) -> None:
-        self.state["left_basis"] = torch.eye(self.rows, dtype=like.dtype, device=like.device)
-        self.state["right_basis"] = torch.eye(self.columns, dtype=like.dtype, device=like.device)
-        self.state["q"] = like.new_full((self.rows, self.columns), 1 / damping)
-
-    def gather_bases(self, rows: Tensor, totals: dict[str, Tensor]) -> None:
-        G = rows.view(-1, self.rows, self.columns)
-        flat = G.reshape(-1, self.columns)
-        _add(totals, "inputs", flat.mT @ flat)
-        del flat  # a copy of the rows each; one at a time
-        wide = G.movedim(1, 0).reshape(self.rows, -1)
-        _add(totals, "outputs", wide @ wide.mT)
-
-    def set_bases(self, totals: dict[str, Tensor], count: int, decay: float, dtype: torch.dtype) -> None:
-        turns = []
-        for basis, name in (("left_basis", "outputs"), ("right_basis", "inputs")):
-            self.state[name] = _mixed(self.state.get(name), _mean(totals, name, count), decay)
-            # contiguous: products must not depend on whether a state was saved and loaded in between
-            new, old = torch.linalg.eigh(self.state[name]).eigenvectors.to(dtype).contiguous(), self.state.get(basis)
-            turns.append(None if old is None else (new.mT @ old).square_())
-            self.state[basis] = new
-        left, right = turns
-        if "spectrum" in self.state and left is not None and right is not None:
-            # The earlier model of F, seen in the new basis: its diagonal there.
-            self.state["spectrum"] = left @ self.state["spectrum"] @ right.mT
-
-    def gather_spectrum(self, rows: Tensor, totals: dict[str, Tensor]) -> None:
-        G = rows.view(-1, self.rows, self.columns)
-        rotated = self.state["left_basis"].mT @ (G @ self.state["right_basis"])
-        _add(totals, "spectrum", rotated.square_().sum(0))
-
-    def closed_form(self, damping: float) -> None:
-        """Q = 1/(D + γ); without a free q, its best rank-one fit in the logarithm goes into the factors."""
-        q = (self.state["spectrum"] + damping).reciprocal()
-        self.state.pop("left", None)
-        self.state.pop("right", None)
-        if not self.inner:
-            log_q = q.log()
-            level = log_q.mean()
-            self.state["left"] = self.state["left_basis"] * (0.5 * (log_q.mean(1) - level / 2)).exp()
-            self.state["right"] = self.state["right_basis"] * (0.5 * (log_q.mean(0) - level / 2)).exp()
-            q = torch.ones_like(q)
-        self.state["q"] = q
-
-    def trainable(self) -> dict[str, Tensor]:
-        q = self.state["q"]
-        parameters = {
-            "left": torch.eye(self.rows, dtype=q.dtype, device=q.device),
-            "right": torch.eye(self.columns, dtype=q.dtype, device=q.device),
-        }
-        if self.inner:
-            parameters["log_q"] = q.log()
-        return {name: tensor.requires_grad_(True) for name, tensor in parameters.items()}
-
-    def product(self, parameters: Mapping[str, Tensor], U: Tensor) -> Tensor:
-        q = parameters["log_q"].exp() if self.inner else self.state["q"]
-        L, R = self._factor("left") @ parameters["left"], self._factor("right") @ parameters["right"]
-        X = U.mT.reshape(-1, self.rows, self.columns)
-        return (L @ (q * (L.mT @ X @ R)) @ R.mT).reshape(U.shape[1], -1).mT
-
-    def absorb(self, parameters: Mapping[str, Tensor]) -> None:
-        for side in ("left", "right"):
-            self.state[side] = self._factor(side) @ parameters[side].detach()
-        if self.inner:
-            self.state["q"] = parameters["log_q"].detach().exp()
-
-    def operator(self, fitted: float, damping: float) -> LinearOperator:
-        if not self.inner and damping != fitted:
-            raise CurvatureError(
-                f"structure 'kronecker' was fitted at damping {fitted:.1e} and knows no other; "
-                "use structure 'eigenbasis', or run again with the damping you want"
-            )
-        q = _redamped(self.state["q"], fitted, damping)
-        return KroneckerDiagonal(self._factor("left"), self._factor("right"), q, orthogonal="left" not in self.state)

@@ -26,7 +26,8 @@ from sparsekit import (
 from sparsekit.curvature import GaussNewton, gradient_rows
 from sparsekit.linalg import DirectSum, LinearOperator, Principal
 from sparsekit_fishleg.auxiliary import FisherProduct, Fit, fit
-from sparsekit_fishleg.blocks import Block, DiagonalBlock, KroneckerBlock
+from sparsekit_fishleg.blocks import Block
+from sparsekit_fishleg.structures import Structure, view
 
 _REMEDY = "give more estimator.examples, lower estimator.batch_size, or set estimator.auxiliary_steps=0"
 
@@ -35,8 +36,11 @@ class FishLegSettings(EstimatorSettings):
     """Settings of `fishleg`."""
 
     examples: int = Field(1024, ge=2, description="calibration examples for each estimate")
-    structure: Literal["eigenbasis", "kronecker"] = Field(
-        "eigenbasis", description="eigenbasis: two factors with an inner diagonal; kronecker: two factors"
+    structure: Structure = Field(
+        "eigenbasis",
+        description="eigenbasis: two factors with an inner diagonal; kronecker: two factors; outer: those with an "
+        "outer diagonal; frozen: eigenbasis, of which only the diagonal is trained; three-factor: outputs, inputs and "
+        "kernel of a convolution; blocks: a dense block for each output; dense: one for each tensor; diagonal",
     )
     start: Literal["eigenbasis", "identity"] = Field(
         "eigenbasis", description="of the fit: the closed form in the Kronecker eigenbasis, or I/γ"
@@ -62,7 +66,8 @@ class FishLegSettings(EstimatorSettings):
     products: Literal["layer", "network"] = Field(
         "layer", description="Fisher products within layers, or exact Gauss-Newton products of the network"
     )
-    max_factor: int = Field(8192, ge=1, description="a tensor with a longer side gets a diagonal block")
+    max_factor: int = Field(8192, ge=1, description="longer sides of a tensor are taken coordinate by coordinate")
+    dense_below: int = Field(0, ge=0, description="tensors of at most so many weights get one dense block")
 
 
 class FishLeg(CurvatureEstimator):
@@ -78,7 +83,7 @@ class FishLeg(CurvatureEstimator):
 
     def __init__(self, space: ParameterSpace, settings: FishLegSettings) -> None:
         super().__init__(space, settings)
-        self._blocks: list[Block] = [_block(info.shape, settings) for info in space.parameters]
+        self._blocks = _blocks(space, settings)
         self._sizes = [info.size for info in space.parameters]
         self._fitted: float | None = None  # the damping that Q was fitted at
         self._mean_diagonal = 0.0
@@ -260,14 +265,16 @@ class FishLeg(CurvatureEstimator):
         For a model in float32. Without what the network's own passes take (activations, patches of convolutions),
         which depends on the inputs. Counted from the code, and held against measured peaks in the tests.
         """
-        blocks = [_block(info.shape, settings) for info in space.parameters]
-        sides = [side for block in blocks if isinstance(block, KroneckerBlock) for side in (block.rows, block.columns)]
-        factors, widest = sum(side**2 for side in sides), max(sides, default=0) ** 2
+        blocks = _blocks(space, settings)
+        sizes = [size for block in blocks for size in block.factor_sizes]
+        factors, widest = sum(sizes), max(sizes, default=0)
         size, longest = space.size, max(block.size for block in blocks)
         carried = settings.refresh == "auxiliary" and settings.auxiliary_steps > 0
         parameters = 4 * (factors + size)
-        # Moments in float64, bases, L and R; spectrum, q and the kept weights; Adam's moments.
-        state = (8 + 4 + 4) * factors + (4 + 4 + 1) * size + 2 * carried * parameters
+        # Bases and trained factors; spectrum, q and the kept weights, an outer diagonal; Adam's moments.
+        trained = settings.auxiliary_steps > 0 and settings.structure != "frozen"
+        state = 4 * (1 + trained) * factors + (4 + 4 + 1) * size + 2 * carried * parameters
+        state += 8 * size * (settings.structure == "outer")
         # By tensor, in one piece, and those of the batch before; copies of one tensor's in products.
         rows = 4 * settings.batch_size * 3 * (size + longest)
         # Sums in float64; an eigendecomposition in float64 with its workspace, and the mean, mix and turn around it.
@@ -280,11 +287,9 @@ class FishLeg(CurvatureEstimator):
         return state + max(assimilating, inverting, fitting if settings.auxiliary_steps else 0)
 
 
-def _block(shape: tuple[int, ...], settings: FishLegSettings) -> Block:
-    size = torch.Size(shape).numel()
-    if len(shape) < 2 or max(shape[0], size // shape[0]) > settings.max_factor:
-        return DiagonalBlock(size)
-    return KroneckerBlock(shape[0], size // shape[0], inner=settings.structure == "eigenbasis")
+def _blocks(space: ParameterSpace, settings: FishLegSettings) -> list[Block]:
+    limits = {"max_factor": settings.max_factor, "dense_below": settings.dense_below}
+    return [Block(view(info, settings.structure, **limits), settings.structure) for info in space.parameters]
 
 
 def _held_out(batches: int, settings: FishLegSettings) -> int:
