@@ -133,9 +133,8 @@ def main() -> None:
                             best = compare(limit(made, H, options.limit), H, inverse)
                             found.setdefault((structure, "limit"), []).append(best)
         print(f"\n{network}, {sum(sizes):,} weights, {options.seeds} seeds, mean (range)\n")
-        print(
-            "| structure | start | relative error | correlation of log diag | A above its minimum |\n|---|---|---|---|---|"
-        )
+        print("| structure | start | relative error | correlation of log diag | A above its minimum |")
+        print("|---|---|---|---|---|")
         for (structure, start), values in found.items():
             cells = [f"{sum(v) / len(v):.3f} ({min(v):.3f}–{max(v):.3f})" for v in zip(*values, strict=True)]
             print(f"| {structure} | {start} | {' | '.join(cells)} |", flush=True)

@@ -92,6 +92,11 @@ class CurvatureEstimator(ABC):
     def memory(cls, space: ParameterSpace, settings: Any) -> int:
         """Bytes of the state and the largest temporary, before anything is allocated."""
 
+    @classmethod
+    def describe(cls, space: ParameterSpace, settings: Any) -> Mapping[str, str]:
+        """Name of a parameter -> how its curvature is modelled, for the record; empty where nothing differs."""
+        return {}
+
     #: Whether scores of different layers are in one unit, the network's loss.
     across_layers: ClassVar[bool] = True
 

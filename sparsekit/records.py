@@ -78,6 +78,9 @@ class RunRecord(_Schema):
     machine: dict[str, str] = Field(description="python, torch, platform, processor, threads, device")
     plugins: list[dict[str, Any]] = Field(description="name and version of each plugin used")
     parameters: dict[str, Any] = Field(description="prunable, total, and why each other one is skipped")
+    structures: dict[str, str] = Field(
+        default_factory=dict, description="name of a parameter -> how its curvature is modelled, where that differs"
+    )
     path: Literal["independent", "sequential"] = Field(
         description="independent: each level starts from the dense network; sequential: from the level before"
     )

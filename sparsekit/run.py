@@ -60,6 +60,7 @@ class Preview:
         space: prunable parameters, and the skipped ones with reasons.
         steps: the plan.
         memory: bytes that the estimator will need.
+        structures: name of a parameter -> how its curvature is modelled, where the estimator tells.
         settings: resolved.
         device: where it would run.
     """
@@ -67,6 +68,7 @@ class Preview:
     space: ParameterSpace
     steps: list[Step]
     memory: int
+    structures: dict[str, str]
     settings: dict[str, Any]
     device: str
 
@@ -83,7 +85,9 @@ def preview(resolved: ResolvedRun) -> Preview:
         pattern.count(space, sparsity)
     estimator, options = resolved.classes["estimator"], resolved.options["estimator"]
     estimator.check(network, space, options, available_memory(device))
-    return Preview(space, planned(resolved), estimator.memory(space, options), resolved.as_dict(), str(device))
+    structures = dict(estimator.describe(space, options))
+    memory = estimator.memory(space, options)
+    return Preview(space, planned(resolved), memory, structures, resolved.as_dict(), str(device))
 
 
 def planned(resolved: ResolvedRun) -> list[Step]:
@@ -176,6 +180,7 @@ def execute(
             started=now(),
             machine=machine(device),
             plugins=plugins_used(resolved, registry),
+            structures=shown.structures,
             parameters={
                 "prunable": shown.space.size,
                 "total": shown.space.total,

@@ -133,6 +133,7 @@ def print_preview(preview: Preview, as_json: bool) -> None:
             "prunable": {info.name: list(info.shape) for info in space.parameters},
             "skipped": space.skipped,
             "steps": [{"sparsity": s.sparsity, "refresh": s.refresh, "finetune": s.finetune} for s in preview.steps],
+            "structures": preview.structures,
             "memory_bytes": preview.memory,
         }
         sys.stdout.write(json.dumps(plain, indent=2) + "\n")
@@ -142,8 +143,11 @@ def print_preview(preview: Preview, as_json: bool) -> None:
     console = Console()
     console.print(escape(yaml.safe_dump(preview.settings, sort_keys=False).rstrip()), highlight=False)
     table = Table("parameter", "shape", "weights or why it is skipped")
+    if preview.structures:
+        table.add_column("modelled as")
     for info in space.parameters:
-        table.add_row(info.name, " × ".join(map(str, info.shape)), f"{info.size:,}")
+        row = info.name, " × ".join(map(str, info.shape)), f"{info.size:,}"
+        table.add_row(*row, preview.structures.get(info.name, ""))
     for name, reason in space.skipped.items():
         table.add_row(name, "", f"skipped: {reason}")
     console.print(table)

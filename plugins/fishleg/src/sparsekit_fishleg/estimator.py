@@ -259,6 +259,11 @@ class FishLeg(CurvatureEstimator):
         super().check(model, space, settings, available)
 
     @classmethod
+    def describe(cls, space: ParameterSpace, settings: Any) -> Mapping[str, str]:
+        """The factors of each tensor's share of Q, ⊗ between its modes; see `structures`."""
+        return {info.name: str(b.view) for info, b in zip(space.parameters, _blocks(space, settings), strict=True)}
+
+    @classmethod
     def memory(cls, space: ParameterSpace, settings: Any) -> int:
         """Bytes of the state, and of the larger of what assimilation, the fit and the inverse take besides.
 
