@@ -320,6 +320,11 @@ class FinetuneSettings(Settings):
     weight_decay: float = Field(5e-4, ge=0)
     batch_size: int = Field(128, ge=1)
     decay: Literal["cosine", "constant"] = Field("cosine", description="of the learning rate within one step")
+    refine_every: int = Field(
+        0,
+        ge=0,
+        description="optimiser steps after which the estimator is updated at the present weights; 0: only at cuts",
+    )
 
 
 class TaskSettings(Settings):

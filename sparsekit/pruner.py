@@ -188,7 +188,7 @@ class Pruner:
         finetuned = None
         if step.finetune and self.training is not None:
             yield self._started("finetune", step)
-            self._finetune(step)
+            self._finetune(step, clock)
             clock.lap("finetune")
             finetuned = self.measure(self.model)
             clock.lap("measure")
@@ -249,10 +249,21 @@ class Pruner:
         self._phase = phase
         return PhaseStarted(phase, step)
 
-    def _finetune(self, step: Step) -> None:
-        training, mask = self.training, self.state.mask
+    def _finetune(self, step: Step, clock: _Clock) -> None:
+        training, mask, every = self.training, self.state.mask, self.finetune_settings.refine_every
         assert training is not None and mask is not None
         generator = self._generator("finetune", step.index)
+
+        def after_each(done: int, total: int) -> None:
+            self.progress("finetune", done, total)
+            if every and done % every == 0 and done < total:
+                clock.lap("finetune")
+                calibration = self.calibration(self._generator(f"refine/{done}", step.index))
+                objective = Objective(self.model, self.likelihood, calibration, self.space)
+                labels = self._generator(f"refine labels/{done}", step.index, mask.kept.device)
+                self.estimator.update(objective, generator=labels)
+                clock.lap("curvature")
+
         with _seeded(self._generator("dropout", step.index).initial_seed(), mask.kept.device):
             finetune(
                 self.model,
@@ -262,7 +273,7 @@ class Pruner:
                 mask,
                 self.finetune_settings,
                 batches_per_epoch=self.training_batches,
-                progress=lambda done, total: self.progress("finetune", done, total),
+                progress=after_each,
             )
 
     def _watched(self, batches: Sequence[Batch]) -> Sequence[Batch]:
