@@ -122,8 +122,8 @@ class LinearOperator(ABC):
         """Minimise cᵀx + ½ xᵀH x subject to x_C = values_C.
 
         With S the free coordinates: H_SS x_S = −H_SC values_C − c_S (free side), or, with c = 0,
-        x = Σ_{:C} (Σ_CC)⁻¹ values_C (fixed side). The smaller side is solved by conjugate gradients,
-        preconditioned by its diagonal. A start or a linear term asks for the free side.
+        x = Σ_{:C} (Σ_CC)⁻¹ values_C (fixed side). The smaller side is solved by conjugate gradients, preconditioned
+        by Σ_SS and by diag Σ_CC. A start or a linear term asks for the free side.
 
         Args:
             fixed: (n,) bool, C.
@@ -161,11 +161,12 @@ class LinearOperator(ABC):
     ) -> tuple[Tensor, ConjugateGradients]:
         free = (~fixed).to(self.dtype)
         right = -self.solve(target) if linear is None else -(self.solve(target) + linear)
-        scale = free / self.inverse_diagonal()
         report = conjugate_gradients(
             lambda v: free * self.solve(free * v),
             free * right,
-            preconditioner=lambda v: scale * v,
+            # H_SS Σ_SS is the identity but for a part of rank |C|, with eigenvalues of at least one; with diag H
+            # instead, layers of little damping take up to ten times as many iterations.
+            preconditioner=lambda v: free * (self @ v),
             start=None if start is None else free * start,
             tolerance=tolerance,
             max_iterations=max_iterations,

@@ -278,6 +278,22 @@ def test_gradients_switched_off_around_an_update_change_nothing(products):
     assert not torch.equal(without.inverse().diagonal(), estimator(objective, start="identity")[0].inverse().diagonal())
 
 
+def test_diagnostics_of_an_exact_inverse():
+    objective = problem(batch=48)
+    twice = replace(objective, batches=[objective.batches[0]] * 2)  # what is held out is what was learned from
+    _, (figures,) = estimator(twice, structure="dense", diagnostics=True, held_out=0.5)
+    for info in objective.space.parameters:
+        assert figures[f"{info.name}/residual"] == pytest.approx(0, abs=1e-12)
+        assert figures[f"{info.name}/auxiliary_loss"] == pytest.approx(-1)
+        assert figures[f"{info.name}/diagonal_correlation"] == pytest.approx(1)
+        assert figures[f"{info.name}/diagonal_ratio"] == pytest.approx(1)
+
+
+def test_diagnostics_tell_a_poor_inverse():
+    _, (figures,) = estimator(problem(), start="identity", diagnostics=True)
+    assert figures["0.weight/residual"] > 0.1 and figures["0.weight/diagonal_ratio"] < 0.9
+
+
 # -- what is refused, and what it takes ----------------------------------------------------------------------
 class Told(Sequence):
     """A sequence that can be sliced and notes what is iterated over."""

@@ -66,6 +66,9 @@ class FishLegSettings(EstimatorSettings):
     products: Literal["layer", "network"] = Field(
         "layer", description="Fisher products within layers, or exact Gauss-Newton products of the network"
     )
+    diagnostics: bool = Field(
+        False, description="hold out examples, and report for each tensor what `FishLeg.update` says it returns"
+    )
     max_factor: int = Field(8192, ge=1, description="longer sides of a tensor are taken coordinate by coordinate")
     dense_below: int = Field(0, ge=0, description="tensors of at most so many weights get one dense block")
 
@@ -94,7 +97,10 @@ class FishLeg(CurvatureEstimator):
 
         Returns:
             `mean_diagonal`, of F without damping; with auxiliary steps their number and that of back-offs, and the
-            held-out residual (see `auxiliary.fit`) before and after.
+            held-out residual (see `auxiliary.fit`) before and after. With `diagnostics` for each tensor, against the
+            held-out examples' layer-block Fisher at the end: `{name}/residual`, ‖r‖²_Q / ‖u‖²_Q;
+            `{name}/auxiliary_loss`, (½ (Qu)ᵀH(Qu) − uᵀQu) / ½ uᵀQu, −1 at Q = H⁻¹; `{name}/diagonal_correlation`, that
+            of log diag Q⁻¹ with log diag H; `{name}/diagonal_ratio`, the exponential of their mean difference.
 
         Raises:
             DataError: no batch is left to learn from once some are held out.
@@ -113,14 +119,43 @@ class FishLeg(CurvatureEstimator):
         if self._fitted is None or settings.refresh == "moments":
             self._assimilate(seen, generator, like)
         figures = {"mean_diagonal": self._mean_diagonal}
-        if held:
-            done = self._refine(seen, replace(objective, batches=batches[len(batches) - held :]), generator, like)
+        kept_back = replace(objective, batches=batches[len(batches) - held :])
+        if settings.auxiliary_steps:
+            done = self._refine(seen, kept_back, generator, like)
             figures |= {
                 "auxiliary_steps": float(done.steps),
                 "auxiliary_back_offs": float(done.back_offs),
                 "residual_before": done.before,
                 "residual_after": done.after,
             }
+        if settings.diagnostics:
+            figures |= self._diagnose(kept_back, generator, like)
+        return figures
+
+    def _diagnose(self, held: Objective, generator: torch.Generator, like: Tensor) -> dict[str, float]:
+        """See `update`."""
+        assert self._fitted is not None
+        figures, operator, gamma = {}, self.inverse().operator, self._fitted
+        shape = (self.space.size, self.settings.probes)
+        u = torch.randn(shape, generator=generator, device=generator.device).to(like)
+        V = operator @ u
+        image, squares, count = torch.zeros_like(V), torch.zeros_like(u[:, 0]), held.count()
+        for rows in self._rows(held, generator):
+            squares += rows.square().sum(0) / count
+            for info in self.space.parameters:
+                part = rows[:, info.slice]
+                image[info.slice] += part.mT @ (part @ V[info.slice]) / count
+        HV = image + gamma * V
+        r = HV - u
+        Qr, model = operator @ r, operator.inverse_diagonal()
+        for info in self.space.parameters:
+            at = info.slice
+            energy = float((u[at] * V[at]).sum())
+            logs = torch.stack([model[at], squares[at] + gamma]).double().log()
+            figures[f"{info.name}/residual"] = float((r[at] * Qr[at]).sum()) / energy
+            figures[f"{info.name}/auxiliary_loss"] = (float((V[at] * HV[at]).sum()) - 2 * energy) / energy
+            figures[f"{info.name}/diagonal_correlation"] = float(torch.corrcoef(logs)[0, 1])
+            figures[f"{info.name}/diagonal_ratio"] = float((logs[0] - logs[1]).mean().exp())
         return figures
 
     def _assimilate(self, objective: Objective, generator: torch.Generator, like: Tensor) -> None:
@@ -298,8 +333,9 @@ def _blocks(space: ParameterSpace, settings: FishLegSettings) -> list[Block]:
 
 
 def _held_out(batches: int, settings: FishLegSettings) -> int:
-    """How many of the calibration batches judge the fit; none where there is no fit."""
-    return max(1, round(settings.held_out * batches)) if settings.auxiliary_steps else 0
+    """How many of the calibration batches judge Q; none where nobody asks for a judgement."""
+    judged = settings.auxiliary_steps or settings.diagnostics
+    return max(1, round(settings.held_out * batches)) if judged else 0
 
 
 def _network_product(objective: Objective) -> FisherProduct:
