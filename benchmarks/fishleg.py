@@ -83,13 +83,13 @@ def limit(made: FishLeg, H: list[Tensor], steps: int) -> list[Tensor]:
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         unit = float(h.diagonal().mean())
         for _ in range(steps):
-            Q = block.product(parameters, eye)
+            Q = block.product(block.parts(parameters), eye)
             loss = unit * (0.5 * (Q * (h @ Q)).sum() - Q.trace())
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             decay.step()
-        out.append(block.product(parameters, eye).detach())
+        out.append(block.product(block.parts(parameters), eye).detach())
     return out
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekit import CurvatureError
-from sparsekit_fishleg.blocks import Block
+from sparsekit_fishleg.blocks import Block, Parts
 
 #: F V for V (n, k), by the examples of one batch or of all held-out ones.
 FisherProduct = Callable[[Tensor], Tensor]
@@ -92,7 +92,7 @@ def fit(
         CurvatureError: the residual of the start is not finite, or the fit still diverges after the step was halved
             BACK_OFFS times.
     """
-    problem = _Problem(blocks, damping, probes, preconditioned, keep, generator, size, like)
+    problem = AuxiliaryProblem(blocks, damping, probes, preconditioned, keep, generator, size, like)
     trial = problem.draw()
     parameters = [block.trainable() for block in blocks]
     optimiser = _adam(parameters, learning_rate, [block.moments for block in blocks] if carry else None)
@@ -134,7 +134,7 @@ def fit(
 
 
 @dataclass(frozen=True)
-class _Problem:
+class AuxiliaryProblem:
     """The auxiliary loss; see `fit` for what its attributes are."""
 
     blocks: Sequence[Block]
@@ -154,34 +154,41 @@ class _Problem:
     def ratio(self, parameters: Parameters, u: Tensor, fisher: FisherProduct) -> float:
         """‖r‖²_Q / ‖u‖²_Q for u (n, k)."""
         with torch.no_grad():
-            r = self._residual(parameters, u, fisher)
-            return float((r * self._product(parameters, r)).sum() / (u * self._product(parameters, u)).sum())
+            Q = self._parts(parameters)
+            r = self._residual(Q, u, fisher)
+            return float((r * self._product(Q, r)).sum() / (u * self._product(Q, u)).sum())
 
     def step(self, parameters: Parameters, optimiser: torch.optim.Adam, fisher: FisherProduct) -> None:
         """One step of Adam's."""
         u = self.draw()
+        with torch.enable_grad():  # whatever the caller's mode
+            Q = self._parts(parameters)
         with torch.no_grad():
-            weight = self._residual(parameters, u, fisher)
+            constant = [parts.detached() for parts in Q]
+            weight = self._residual(constant, u, fisher)
             if self.preconditioned:
-                weight = self._product(parameters, weight)
+                weight = self._product(constant, weight)
         optimiser.zero_grad(set_to_none=True)
-        for block, layer, x, w in zip(self.blocks, parameters, self._split(u), self._split(weight), strict=True):
-            with torch.enable_grad():  # whatever the caller's mode; block by block, so that one graph lives at a time
-                v = block.product(layer, x)
+        for block, parts, x, w in zip(self.blocks, Q, self._split(u), self._split(weight), strict=True):
+            with torch.enable_grad():  # block by block, so that the graph of one product lives at a time
+                v = block.product(parts, x)
                 # One scale for each block, so that Adam's ε and a shared step size mean the same in all of them.
                 loss = (w / w.norm().clamp_min(1e-30) * v).sum() / v.detach().norm().clamp_min(1e-30)
                 loss.backward()
         optimiser.step()
 
-    def _residual(self, parameters: Parameters, u: Tensor, fisher: FisherProduct) -> Tensor:
+    def _parts(self, parameters: Parameters) -> list[Parts]:
+        return [block.parts(layer) for block, layer in zip(self.blocks, parameters, strict=True)]
+
+    def _residual(self, Q: Sequence[Parts], u: Tensor, fisher: FisherProduct) -> Tensor:
         """R = H Q u − u (n, k), on the kept weights."""
-        V = self._product(parameters, u)
+        V = self._product(Q, u)
         return self._inside(fisher(V) + self.damping * V - u)
 
-    def _product(self, parameters: Parameters, X: Tensor) -> Tensor:
+    def _product(self, Q: Sequence[Parts], X: Tensor) -> Tensor:
         """Q X for X (n, k), on the kept weights."""
-        parts = zip(self.blocks, parameters, self._split(X), strict=True)
-        return self._inside(torch.cat([block.product(layer, x) for block, layer, x in parts]))
+        shares = zip(self.blocks, Q, self._split(X), strict=True)
+        return self._inside(torch.cat([block.product(parts, x) for block, parts, x in shares]))
 
     def _inside(self, X: Tensor) -> Tensor:
         return X if self.keep is None else self.keep.to(X.dtype)[:, None] * X

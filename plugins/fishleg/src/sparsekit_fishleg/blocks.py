@@ -8,6 +8,7 @@ O = I but for structure 'outer'. For a weight matrix: U ↦ U_1 (q ∘ (U_1ᵀ U
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,19 @@ from sparsekit_fishleg.structures import Structure, View
 
 #: Structures whose q is a product of one vector for each mode.
 RANK_ONE = ("kronecker", "outer")
+
+
+class Parts(NamedTuple):
+    """What Q of a tensor consists of: U_i by mode, q, and the diagonal of O, None for the identity."""
+
+    factors: list[Tensor | None]
+    q: Tensor
+    outer: Tensor | None
+
+    def detached(self) -> Parts:
+        """The same, as constants."""
+        factors = [None if U is None else U.detach() for U in self.factors]
+        return Parts(factors, self.q.detach(), None if self.outer is None else self.outer.detach())
 
 
 class Block:
@@ -164,8 +178,8 @@ class Block:
             out["log_outer"] = self.state["outer"].log()
         return {name: tensor.requires_grad_(True) for name, tensor in out.items()}
 
-    def _of(self, parameters: Mapping[str, Tensor]) -> tuple[list[Tensor | None], Tensor, Tensor | None]:
-        """Factors, q and outer diagonal as functions of λ."""
+    def parts(self, parameters: Mapping[str, Tensor]) -> Parts:
+        """Factors, q and outer diagonal of Q(λ), differentiable in λ."""
         factors = [
             U @ parameters[f"factor{i}"] if U is not None and f"factor{i}" in parameters else U
             for i, U in enumerate(self._factors())
@@ -174,11 +188,11 @@ class Block:
             q = self._q_of([parameters[f"log_scale{i}"] for i in range(len(self.view.modes))])
         else:
             q = parameters["log_q"].exp()
-        return factors, q, parameters["log_outer"].exp() if "log_outer" in parameters else None
+        return Parts(factors, q, parameters["log_outer"].exp() if "log_outer" in parameters else None)
 
-    def product(self, parameters: Mapping[str, Tensor], U: Tensor) -> Tensor:
-        """Q(λ) U for U (n_l, k), differentiable in λ."""
-        factors, q, outer = self._of(parameters)
+    def product(self, parts: Parts, U: Tensor) -> Tensor:
+        """Q U for U (n_l, k), differentiable in what Q consists of."""
+        factors, q, outer = parts
         X = U.mT.reshape(-1, *self.shape)
         X = X if outer is None else outer * X
         X = kronecker_product(factors, q * kronecker_product(factors, X, transposed=True))
@@ -188,7 +202,7 @@ class Block:
     def absorb(self, parameters: Mapping[str, Tensor]) -> None:
         """Make trained parameters the state."""
         with torch.no_grad():
-            factors, self.state["q"], outer = self._of(parameters)
+            factors, self.state["q"], outer = self.parts(parameters)
         for i, U in enumerate(factors):
             if U is not None and f"factor{i}" in parameters:
                 self.state[f"factor{i}"] = U

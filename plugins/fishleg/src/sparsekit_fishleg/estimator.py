@@ -196,7 +196,7 @@ class FishLeg(CurvatureEstimator):
 
         def batch(step: int) -> FisherProduct:
             one = replace(seen, batches=[batches[step % len(batches)]])
-            return self._layer_product(one, generator) if within_layers else _network_product(one)
+            return self._layer_product(one, generator) if within_layers else network_product(one)
 
         def held_out(V: Tensor) -> Tensor:
             # Q has no part across layers, so the judge has none either; the same labels at every look.
@@ -338,7 +338,7 @@ def _held_out(batches: int, settings: FishLegSettings) -> int:
     return max(1, round(settings.held_out * batches)) if judged else 0
 
 
-def _network_product(objective: Objective) -> FisherProduct:
+def network_product(objective: Objective) -> FisherProduct:
     """V (n, k) ↦ F V, F of the whole network.
 
     Raises:
