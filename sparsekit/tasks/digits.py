@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import os
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsekit.errors import DataError
 from sparsekit.finetune import finetune
 from sparsekit.interfaces import FinetuneSettings, Split, Task
 from sparsekit.likelihoods import Categorical
-from sparsekit.models import DigitsNet, load_checkpoint
+from sparsekit.models import DigitsNet
+from sparsekit.objective import Batch
 from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.tasks.dense import dense_network
 from sparsekit.tasks.images import ImageBatches, cache_directory
 
 #: 1,797 images: these for training, the rest split between tuning (even) and reporting (odd).
@@ -51,20 +52,7 @@ class Digits(Task):
 
     def model(self) -> nn.Module:
         """From `checkpoint`, else from the cache, else trained here (some seconds)."""
-        model = self.network()
-        if self.settings.checkpoint is not None:
-            load_checkpoint(model, Path(self.settings.checkpoint))
-            return model.eval()
-        cached = self._cached_network()
-        try:
-            load_checkpoint(model, cached)
-        except DataError:  # not there yet, or not whole
-            self._train(model)
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-            save_file(model.state_dict(), temporary)
-            os.replace(temporary, cached)
-        return model.eval()
+        return dense_network(self, self._cached_network, self._train)
 
     def _cached_network(self) -> Path:
         return cache_directory() / f"digits-v{RECIPE_VERSION}-{RECIPE_HASH}-seed{self.settings.seed}.safetensors"
@@ -81,6 +69,7 @@ class Digits(Task):
             Mask.full(space.size),
             RECIPE,
             batches_per_epoch=-(-TRAINING // RECIPE.batch_size),
+            progress=self.progress,
         )
 
     @cached_property
@@ -113,17 +102,12 @@ class Digits(Task):
         limit: int | None = None,
         generator: torch.Generator | None = None,
         augment: bool = False,
-    ) -> ImageBatches:
+    ) -> Iterable[Batch]:
+        return self._images(split, mean=0.306, std=0.376, batch_size=batch_size, limit=limit, generator=generator)
+
+    def _images(self, split: Split, *, mean: float, std: float, **order: Any) -> ImageBatches:
         images, labels = self._part(split)
-        return ImageBatches(
-            images,
-            labels,
-            mean=(0.306,),
-            std=(0.376,),
-            batch_size=batch_size,
-            limit=limit,
-            generator=generator,
-        )
+        return ImageBatches(images, labels, mean=(mean,), std=(std,), **order)
 
     def fingerprint(self) -> str:
         """Of all pixels and labels in their order."""

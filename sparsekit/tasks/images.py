@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import platformdirs
@@ -84,3 +84,14 @@ class ImageBatches:
             rows,
             columns,
         ]
+
+
+class MappedBatches:
+    """Batches passed through a function, as often as they are iterated over."""
+
+    def __init__(self, batches: Iterable[Batch], function: Callable[[Tensor, Tensor], Batch]) -> None:
+        self._batches, self._function = batches, function
+
+    def __iter__(self) -> Iterator[Batch]:
+        for inputs, targets in self._batches:
+            yield self._function(inputs, targets)
