@@ -40,7 +40,7 @@ class Digits(Task):
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
         if settings.data_dir is not None:
-            raise DataError("the task 'digits' brings its own images; leave --data-dir out")
+            raise DataError(f"the task '{self.name}' brings its own images; leave --data-dir out")
         if settings.checkpoint is not None and not Path(settings.checkpoint).is_file():
             raise DataError(f"there is no checkpoint file '{settings.checkpoint}'; leave it out to train one")
 
