@@ -16,7 +16,6 @@ class SequenceClassifier(nn.Module):
         width: of the embeddings; the feed-forward layers are twice as wide.
         heads: of each attention.
         layers: how many.
-        dropout: of embeddings and in the encoder layers, in training mode.
     """
 
     def __init__(
@@ -28,18 +27,16 @@ class SequenceClassifier(nn.Module):
         width: int = 48,
         heads: int = 4,
         layers: int = 2,
-        dropout: float = 0.2,
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(tokens, width)
         self.positions = nn.Embedding(length, width)
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)  # from torch's 1.0, training learns sequences by heart
-        self.dropout = nn.Dropout(dropout)
         self.layers = nn.Sequential(
             *(
                 nn.TransformerEncoderLayer(
-                    width, heads, 2 * width, dropout, activation="gelu", batch_first=True, norm_first=True
+                    width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
                 )
                 for _ in range(layers)
             )
@@ -50,6 +47,6 @@ class SequenceClassifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (N, length) -> logits (N, classes)."""
         positions = torch.arange(x.shape[1], device=x.device).expand_as(x)
-        embedded = self.dropout(self.tokens(x) + self.positions(positions))
+        embedded = self.tokens(x) + self.positions(positions)
         logits: Tensor = self.linear(self.norm(self.layers(embedded)).mean(1))
         return logits

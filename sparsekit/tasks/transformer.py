@@ -14,7 +14,8 @@ from sparsekit.tasks.dense import Recipe, train
 from sparsekit.tasks.digits import Digits
 from sparsekit.tasks.images import MappedBatches, cache_directory
 
-RECIPE = Recipe(epochs=40, learning_rate=3e-3, batch_size=64, weight_decay=0.05)
+#: Images shift by a pixel in training: without that, 1,297 of them are learnt by heart, with 95 % right.
+RECIPE = Recipe(epochs=100, learning_rate=3e-3, batch_size=64, weight_decay=0.05)
 #: Raised with a change of architecture: cached networks are then trained anew.
 RECIPE_VERSION = 1
 
@@ -47,6 +48,16 @@ class DigitsTransformer(Digits):
         generator: torch.Generator | None = None,
         augment: bool = False,
     ) -> MappedBatches:
-        """Tokens (b, 64) int64 in 0 … 16, and labels (b,); there is no augmentation."""
-        images = self._images(split, mean=0.0, std=1.0, batch_size=batch_size, limit=limit, generator=generator)
+        """Tokens (b, 64) int64 in 0 … 16, and labels (b,); augmented, images shift by a pixel."""
+        images = self._images(
+            split,
+            mean=0.0,
+            std=1.0,
+            batch_size=batch_size,
+            limit=limit,
+            generator=generator,
+            augment=augment,
+            padding=1,
+            mirror=False,
+        )
         return MappedBatches(images, lambda pixels, labels: ((16 * pixels).round().long().flatten(1), labels))
