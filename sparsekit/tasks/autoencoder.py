@@ -50,7 +50,7 @@ class MnistAutoencoder(Task):
     name: ClassVar[str] = "autoencoder"
     Settings: ClassVar[type[TaskSettings]] = AutoencoderSettings
     likelihood = Bernoulli(reduction="sum")
-    finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=0, learning_rate=1e-4, weight_decay=0)
+    finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=0, learning_rate=3e-4, weight_decay=0)
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)

@@ -24,7 +24,7 @@ class DigitsTransformer(Digits):
     """The images of `digits`, row by row, as 64 tokens of 17 grey levels: attention and embeddings, small and real."""
 
     name: ClassVar[str] = "digits-transformer"
-    finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=3, learning_rate=0.02, batch_size=64)
+    finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=5, learning_rate=0.005, batch_size=64)
 
     def network(self) -> nn.Module:
         """`SequenceClassifier`, untrained, the same for the same seed."""
