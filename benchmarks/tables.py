@@ -2,6 +2,8 @@
 
     python benchmarks/tables.py digits --output results
     python benchmarks/tables.py resnet20 --output results --data-dir CIFAR10 --checkpoint resnet20.th
+    python benchmarks/tables.py autoencoder --output results --data-dir MNIST
+    python benchmarks/tables.py transformer --output results
 
 Each run has a process of its own, so that peak memory is its own. Interrupted, it goes on where it stopped: a finished
 run is not done again.
@@ -57,6 +59,19 @@ RESNET20: list[Row] = [
     ("fishleg, joint, 4 refreshes a level", {**ONE_SHOT, "estimator": "fishleg", "substeps": 4}),
 ]
 
+#: Every estimator at its defaults, except where its rows of 2.8 million weights would not fit 6 GiB.
+TRANSFORMER: list[Row] = [
+    *((name, {"estimator": name}) for name in ("fishleg", "obs", "mfac", "woodfisher", "diagonal")),
+    ("magnitude", {"estimator": "identity"}),
+]
+FEWER = {"mfac": 512, "woodfisher": 256}
+AUTOENCODER: list[Row] = [
+    (f"{name}, {FEWER[name]} examples", {"estimator": {"name": name, "examples": FEWER[name]}})
+    if name in FEWER
+    else (name, settings)
+    for name, settings in TRANSFORMER
+]
+
 
 def record(settings: dict[str, Any]) -> RunRecord:
     """One run, or what is on disk of it."""
@@ -70,7 +85,7 @@ def records(rows: Sequence[Row], base: dict[str, Any], seeds: Sequence[int]) -> 
         for name, settings in rows:
             found = []
             for seed in seeds:
-                own_network = {"task": {"seed": seed}} if base["task"]["name"] == "digits" else {}
+                own_network = {"task": {"seed": seed}} if base["task"]["name"].startswith("digits") else {}
                 print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
                 given = merge(base, settings, {"seed": seed}, own_network)
                 found.append(processes.submit(record, given).result())
@@ -84,14 +99,15 @@ def spread(values: Sequence[float], scale: float = 100.0) -> str:
     return f"{mean} ({scale * min(values):.1f}–{scale * max(values):.1f})"
 
 
-def table(rows: Iterator[tuple[str, list[RunRecord]]], levels: Sequence[float], phase: str) -> None:
+def table(rows: Sequence[tuple[str, list[RunRecord]]], levels: Sequence[float], phase: str, metric: str) -> None:
     print(f"\n| {phase} | {' | '.join(f'{100 * s:g} %' for s in levels)} | curvature s | all s | peak MiB |")
     print("|---|" + "---|" * (len(levels) + 3))
+    scale = 100.0 if metric == "accuracy" else 1.0
     for name, runs in rows:
         cells = []
         for index in range(len(levels)):
             results = [getattr(run.levels[index], phase) for run in runs]
-            cells.append("–" if results[0] is None else spread([r["accuracy"] for r in results]))
+            cells.append("–" if results[0] is None else spread([r[metric] for r in results], scale))
         seconds = [run.seconds.get("curvature", 0.0) for run in runs]
         totals = [run.seconds["total"] for run in runs]
         peak = max(run.peak_memory_bytes for run in runs) / 2**20
@@ -105,7 +121,7 @@ def table(rows: Iterator[tuple[str, list[RunRecord]]], levels: Sequence[float], 
 def main() -> None:
     """Run and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["digits", "resnet20"])
+    parser.add_argument("what", choices=["digits", "resnet20", "autoencoder", "transformer"])
     parser.add_argument("--output", default="results")
     parser.add_argument("--data-dir")
     parser.add_argument("--checkpoint")
@@ -115,9 +131,16 @@ def main() -> None:
     options = parser.parse_args()
     seeds = range(options.seeds)
     base: dict[str, Any] = {"output": options.output, "tracking": {"enabled": False}, "split": options.split}
+    levels, metric = [0.5, 0.7, 0.8, 0.9, 0.95], "accuracy"
     if options.what == "digits":
-        levels, rows = [0.5, 0.7, 0.8, 0.9, 0.95], DIGITS
+        rows = DIGITS
         base |= {"task": {"name": "digits"}, "schedule": "one-shot", "levels": "independent"}
+    elif options.what == "autoencoder":
+        rows, metric = AUTOENCODER, "loss"
+        base |= {**ONE_SHOT, "task": {"name": "autoencoder", "data_dir": options.data_dir}, "finetune": {"epochs": 0}}
+    elif options.what == "transformer":
+        rows = TRANSFORMER
+        base |= {**ONE_SHOT, "task": {"name": "digits-transformer"}, "finetune": {"epochs": 0}}
     else:
         levels, rows = [0.5, 0.6, 0.7, 0.8, 0.9], RESNET20
         base |= {"task": {"name": "cifar10", "data_dir": options.data_dir, "checkpoint": options.checkpoint}}
@@ -126,9 +149,11 @@ def main() -> None:
         rows = [row for row in rows if options.only in row[0]]
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, {options.split} half")
     found = list(records(rows, base, seeds))
-    table(iter(found), levels, "pruned")
+    dense = spread([run.dense[metric] for run in found[0][1]], 100.0 if metric == "accuracy" else 1.0)
+    print(f"dense {metric}: {dense}")
+    table(found, levels, "pruned", metric)
     if options.what == "digits":
-        table(iter(found), levels, "finetuned")
+        table(found, levels, "finetuned", metric)
 
 
 if __name__ == "__main__":

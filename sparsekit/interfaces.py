@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -339,6 +339,10 @@ class Task(ABC):
     """A trained network, its data and how it is measured.
 
     Construction is cheap and reads nothing but what is needed to say that a file or folder is missing.
+
+    Attributes:
+        settings: of the class's `Settings`.
+        progress: to be called with (steps done, steps in all) where `model` trains; a run sets it.
     """
 
     name: ClassVar[str]
@@ -351,6 +355,7 @@ class Task(ABC):
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
+        self.progress: Callable[[int, int], None] = lambda done, total: None
 
     @abstractmethod
     def network(self) -> nn.Module:

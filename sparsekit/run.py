@@ -149,6 +149,7 @@ def execute(
             f"{available}; set estimator.examples={available} or less"
         )
     progress("prepare", 0, 1)
+    task.progress = lambda done, total: progress("prepare", done, total)
     started = time.perf_counter()
     model = task.model().to(device)
     prepared = time.perf_counter() - started

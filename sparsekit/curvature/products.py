@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekit.curvature.attention import plain_attention
 from sparsekit.objective import Objective, as_found, some
 
 
@@ -26,7 +27,7 @@ class GaussNewton:
         total = torch.zeros_like(columns)
         count = 0
         model, space = self.objective.model, self.objective.space
-        with as_found(model):
+        with as_found(model), plain_attention():
             named = {name: p.detach() for name, p in model.named_parameters()}
             primals = {name: named[name] for name in space.names}
             rest = {name: p for name, p in named.items() if name not in primals} | dict(model.named_buffers())

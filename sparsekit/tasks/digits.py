@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsekit.errors import DataError
 from sparsekit.finetune import finetune
 from sparsekit.interfaces import FinetuneSettings, Split, Task
 from sparsekit.likelihoods import Categorical
-from sparsekit.models import DigitsNet, load_checkpoint
+from sparsekit.models import DigitsNet
+from sparsekit.objective import Batch
 from sparsekit.parameters import Mask, ParameterSpace
-from sparsekit.tasks.images import ImageBatches, cache_directory, into_cache
+from sparsekit.tasks.dense import dense_network
+from sparsekit.tasks.images import ImageBatches, cache_directory
 
 #: 1,797 images: these for training, the rest split between tuning (even) and reporting (odd).
 TRAINING = 1297
@@ -38,7 +40,7 @@ class Digits(Task):
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
         if settings.data_dir is not None:
-            raise DataError("the task 'digits' brings its own images; leave --data-dir out")
+            raise DataError(f"the task '{self.name}' brings its own images; leave --data-dir out")
         if settings.checkpoint is not None and not Path(settings.checkpoint).is_file():
             raise DataError(f"there is no checkpoint file '{settings.checkpoint}'; leave it out to train one")
 
@@ -50,18 +52,7 @@ class Digits(Task):
 
     def model(self) -> nn.Module:
         """From `checkpoint`, else from the cache, else trained here (some seconds)."""
-        model = self.network()
-        if self.settings.checkpoint is not None:
-            load_checkpoint(model, Path(self.settings.checkpoint))
-            return model.eval()
-        cached = self._cached_network()
-        try:
-            load_checkpoint(model, cached)
-        except DataError:  # not there yet, or not whole
-            with into_cache(cached) as temporary:  # a cache that cannot be written is said before training
-                self._train(model)
-                save_file(model.state_dict(), temporary)
-        return model.eval()
+        return dense_network(self, self._cached_network, self._train)
 
     def _cached_network(self) -> Path:
         return cache_directory() / f"digits-v{RECIPE_VERSION}-{RECIPE_HASH}-seed{self.settings.seed}.safetensors"
@@ -78,6 +69,7 @@ class Digits(Task):
             Mask.full(space.size),
             RECIPE,
             batches_per_epoch=-(-TRAINING // RECIPE.batch_size),
+            progress=self.progress,
         )
 
     @cached_property
@@ -110,17 +102,12 @@ class Digits(Task):
         limit: int | None = None,
         generator: torch.Generator | None = None,
         augment: bool = False,
-    ) -> ImageBatches:
+    ) -> Iterable[Batch]:
+        return self._images(split, mean=0.306, std=0.376, batch_size=batch_size, limit=limit, generator=generator)
+
+    def _images(self, split: Split, *, mean: float, std: float, **order: Any) -> ImageBatches:
         images, labels = self._part(split)
-        return ImageBatches(
-            images,
-            labels,
-            mean=(0.306,),
-            std=(0.376,),
-            batch_size=batch_size,
-            limit=limit,
-            generator=generator,
-        )
+        return ImageBatches(images, labels, mean=(mean,), std=(std,), **order)
 
     def fingerprint(self) -> str:
         """Of all pixels and labels in their order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,8 +48,8 @@ class ImageBatches:
         batch_size: the last batch may be short.
         limit: at most so many; with a generator a random subset, drawn here and in the same order ever after.
         generator: on the CPU; without `limit` the order is drawn anew at each iteration.
-        augment: shift by up to `padding` pixels and mirror at random; needs the generator.
-        padding: see `augment`.
+        augment: shift by up to `padding` pixels and, with `mirror`, mirror at random; needs the generator.
+        padding, mirror: see `augment`.
     """
 
     def __init__(
@@ -64,13 +64,14 @@ class ImageBatches:
         generator: torch.Generator | None = None,
         augment: bool = False,
         padding: int = 4,
+        mirror: bool = True,
     ) -> None:
         if augment and generator is None:
             raise ValueError("augmentation draws at random and needs a generator")
         self._images, self._labels = images, labels
         self._mean, self._std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
         self._batch_size, self._generator = batch_size, generator
-        self._augment, self._padding = augment, padding
+        self._augment, self._padding, self._mirror = augment, padding, mirror
         self._fixed: Tensor | None = None
         if limit is not None:
             self._fixed = self._order()[:limit]
@@ -90,17 +91,28 @@ class ImageBatches:
             yield (pixels.float() / 255 - self._mean) / self._std, self._labels[indices]
 
     def _shifted(self, pixels: Tensor) -> Tensor:
-        """Zero padding, a random crop of the old size, a mirror image for every other image."""
+        """Zero padding, a random crop of the old size, with `mirror` a mirror image for every other image."""
         p, (count, _, height, width) = self._padding, pixels.shape
         padded = torch.nn.functional.pad(pixels, (p, p, p, p))
         top, left = torch.randint(0, 2 * p + 1, (2, count, 1, 1, 1), generator=self._generator)
         mirrored = torch.rand(count, 1, generator=self._generator) < 0.5
         rows = top + torch.arange(height).view(1, 1, -1, 1)
         columns = torch.arange(width).expand(count, -1)
-        columns = torch.where(mirrored, columns.flip(1), columns).view(count, 1, 1, -1) + left
+        columns = torch.where(mirrored & self._mirror, columns.flip(1), columns).view(count, 1, 1, -1) + left
         return padded[
             torch.arange(count).view(-1, 1, 1, 1),
             torch.arange(pixels.shape[1]).view(1, -1, 1, 1),
             rows,
             columns,
         ]
+
+
+class MappedBatches:
+    """Batches passed through a function, as often as they are iterated over."""
+
+    def __init__(self, batches: Iterable[Batch], function: Callable[[Tensor, Tensor], Batch]) -> None:
+        self._batches, self._function = batches, function
+
+    def __iter__(self) -> Iterator[Batch]:
+        for inputs, targets in self._batches:
+            yield self._function(inputs, targets)

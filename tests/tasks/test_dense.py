@@ -1,0 +1,100 @@
+"""Training that can be interrupted, on the smallest of tasks."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from sparsekit.interfaces import Task, TaskSettings
+from sparsekit.likelihoods import Categorical
+from sparsekit.tasks.dense import Recipe, dense_network, train
+
+RECIPE = Recipe(epochs=3, learning_rate=0.1, batch_size=4)
+STEPS = 3  # an epoch
+
+
+class Points(Task):
+    """Ten points in two classes; training stops with KeyboardInterrupt at the step `stop`."""
+
+    name = "points"
+    likelihood = Categorical()
+    stop: int | None = None
+
+    def network(self):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            return nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+
+    def model(self):
+        return dense_network(self, lambda: self.cached, lambda model: train(model, self, RECIPE, self.cached))
+
+    def size(self, split):
+        return 10
+
+    def batches(self, split, *, batch_size, limit=None, generator=None, augment=False):
+        x = torch.arange(20.0).view(10, 2) / 20
+        for rows in torch.randperm(10, generator=generator).split(batch_size):
+            yield x[rows], (x[rows, 0] > 0.5).long()
+
+    def fingerprint(self):
+        return ""
+
+
+@pytest.fixture
+def build(tmp_path):
+    def points(folder="a", stop=None, seed=0):
+        task = Points(TaskSettings(seed=seed))
+        task.cached = tmp_path / folder / "points.safetensors"
+        task.seen = []
+
+        def progress(done, total):
+            task.seen.append((done, total))
+            if done == stop:
+                raise KeyboardInterrupt
+
+        task.progress = progress
+        return task
+
+    return points
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5, 9])
+def test_interrupted_training_ends_as_an_uninterrupted_one(build, stop):
+    with pytest.raises(KeyboardInterrupt):
+        build(stop=stop).model()
+    again = build()
+    state = again.model().state_dict()
+    assert_close(state, build("b").model().state_dict(), rtol=0, atol=0)
+    # progress is told before an epoch is saved, so that one that stops at its last step is done again
+    assert again.seen == [(step, 9) for step in range((stop - 1) // STEPS * STEPS + 1, 10)]
+
+
+def test_only_the_network_is_left(build):
+    task = build()
+    task.model()
+    assert [path.name for path in task.cached.parent.iterdir()] == ["points.safetensors"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", None], ids=["empty", "text", "truncated"])
+def test_damaged_rest_of_an_interrupted_training_is_thrown_away(build, damage):
+    with pytest.raises(KeyboardInterrupt):
+        build(stop=5).model()
+    task = build()
+    (rest,) = task.cached.parent.iterdir()
+    rest.write_bytes(rest.read_bytes()[:1000] if damage is None else damage)
+    assert_close(task.model().state_dict(), build("b").model().state_dict(), rtol=0, atol=0)
+    assert len(task.seen) == 9
+
+
+def test_training_leaves_the_global_generator_alone(build):
+    before = torch.get_rng_state()
+    build().model()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeds_give_different_networks(build):
+    assert not torch.equal(build("a").model()[0].weight, build("b", seed=1).model()[0].weight)
+
+
+def test_recipes_have_names_of_their_own():
+    assert Recipe(3, 0.1, 4).hash == RECIPE.hash != Recipe(3, 0.1, 8).hash
