@@ -128,7 +128,7 @@ def jobs(tune: bool) -> dict[str, tuple[dict[str, Any], dict[str, list[float]]]]
             gamma = settings["estimator"]["damping"]
             kept = {key: settings[key] for key in ("estimator", "saliency") if key in settings}
             kept = merge(kept, {"estimator": FEWER.get(preset, {})})
-            found[preset] = (kept, {how: [gamma] for how in HOW})
+            found[f"preset {preset}"] = (kept, {how: [gamma] for how in HOW})
     return found
 
 
