@@ -403,3 +403,46 @@ def test_a_gaussian_likelihood():
     batches = [(x, torch.zeros(len(y), 3, dtype=torch.float64)) for x, y in base.batches]
     objective = Objective(base.model, Gaussian(), batches, base.space)
     assert error(estimator(objective)[0], objective) < 0.2
+
+
+# -- edges ---------------------------------------------------------------------------------------------------
+def test_batches_of_one_example():
+    one, many = problem(batch=1), problem(batch=24)
+    for_one, _ = estimator(one, auxiliary_steps=0)
+    for_many, _ = estimator(many, auxiliary_steps=0)
+    assert_close(for_one.inverse().diagonal(), for_many.inverse().diagonal())
+
+
+class Idle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = nn.Linear(5, 3, bias=False), nn.Linear(4, 6, bias=False)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+@pytest.mark.parametrize("structure", ["eigenbasis", "kronecker", "outer", "three-factor", "dense", "diagonal"])
+def test_a_layer_that_never_runs_keeps_the_damping_alone(structure):
+    base, model = problem(), Idle().double()
+    objective = replace(base, model=model, space=ParameterSpace.of(model))
+    made, _ = estimator(objective, structure=structure, auxiliary_steps=4)
+    diagonal = made.inverse().diagonal()[objective.space["idle.weight"].slice]
+    assert_close(diagonal, torch.full((24,), 1 / DAMPING, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("after_cut", ["condition", "learn"])
+def test_a_layer_that_is_removed_whole(after_cut):
+    objective = problem()
+    made, _ = estimator(objective, after_cut=after_cut, auxiliary_steps=4)
+    gone = torch.zeros(48, dtype=torch.bool)
+    gone[objective.space["0.weight"].slice] = True
+    weights, inverse = objective.space.read(objective.model), made.inverse()
+    first = inverse.remove(weights, Mask.full(48), gone)
+    made.shrink(Mask(~gone))
+    objective.space.write(objective.model, weights + first.delta)
+    made.update(objective, generator=torch.Generator().manual_seed(1))
+    chosen = torch.zeros(48, dtype=torch.bool)
+    chosen[-1] = True
+    second = made.inverse().remove(weights + first.delta, Mask(~gone), chosen)
+    assert (second.delta[gone] == 0).all() and second.delta.isfinite().all() and second.increase > 0

@@ -172,8 +172,12 @@ class AuxiliaryProblem:
         for block, parts, x, w in zip(self.blocks, Q, self._split(u), self._split(weight), strict=True):
             with torch.enable_grad():  # block by block, so that the graph of one product lives at a time
                 v = block.product(parts, x)
-                # One scale for each block, so that Adam's ε and a shared step size mean the same in all of them.
-                loss = (w / w.norm().clamp_min(1e-30) * v).sum() / v.detach().norm().clamp_min(1e-30)
+                # One scale for each block, so that Adam's ε and a shared step size mean the same in all of them; but
+                # what is left of the residual of an exact Q, such as that of a layer without data, is rounding.
+                scale = v.detach().norm().clamp_min(1e-30)
+                size, whole = w.norm(), scale if self.preconditioned else x.norm()
+                unit = torch.where(size > 100 * torch.finfo(w.dtype).eps * whole, w / size, 0.0)
+                loss = (unit * v).sum() / scale
                 loss.backward()
         optimiser.step()
 
