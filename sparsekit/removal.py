@@ -25,12 +25,15 @@ class Removal:
         increase: ½ δᵀHδ + gᵀδ, the quadratic model's loss increase for this δ, in units of the mean loss.
         iterations: conjugate-gradient iterations of the solve; 0 where it was direct.
         residual: its relative residual; 0 where it was direct.
+        fell_back: whether the joint solve came out worse than no compensation by more than rounding, so that δ moves
+            no survivor.
     """
 
     delta: Tensor
     increase: float
     iterations: int = 0
     residual: float = 0.0
+    fell_back: bool = False
 
 
 class InverseFisher:
@@ -132,15 +135,16 @@ class InverseFisher:
             delta, iterations, residual = minimum.solution, minimum.iterations, minimum.residual
         if scale != 1.0:
             delta = torch.where(fixed, target, scale * delta)
-        increase = self.increase(delta, linear)
+        increase, fell_back = self.increase(delta, linear), False
         if how == "joint" and (without := self.increase(target, linear)) < increase:
             # An unfinished solve on the fixed side is not feasible by itself; what is applied still has to be
             # the better of the two.
+            fell_back = increase - without > self._rounding(target)
             delta, increase = target, without
         if not bool(delta.isfinite().all()) or math.isnan(increase):
             raise CurvatureError(f"the update at damping {self.damping:.1e} is not finite; raise the damping")
         delta = torch.where(fixed, target, delta).to(weights.dtype)
-        return Removal(torch.where(chosen, -weights, delta), increase, iterations, residual)
+        return Removal(torch.where(chosen, -weights, delta), increase, iterations, residual, fell_back)
 
     def increase(self, delta: Tensor, gradient: Tensor | None = None) -> float:
         """gᵀδ + ½ δᵀHδ for δ (n,), in units of the mean loss.

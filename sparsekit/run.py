@@ -346,7 +346,7 @@ class _Driver:
                 "levels": levels,
                 "steps": steps,
                 "seconds": seconds,
-                "degraded": [*record.degraded, *_unfinished(event, pruner.compensation)],
+                "degraded": [*record.degraded, *_degraded(event, pruner.compensation)],
                 "peak_memory_bytes": max(record.peak_memory_bytes, peak_memory(self.model)),
             }
         )
@@ -412,13 +412,26 @@ class _Driver:
         self.directory.clear_checkpoints()
 
 
-def _unfinished(event: StepCompleted, how: CompensationSettings) -> list[str]:
-    if how.how != "exact" or event.residual <= how.tolerance:
-        return []
-    return [
-        f"step {event.step.index}: exact compensation stopped after {event.iterations} products, at the relative "
-        f"residual {event.residual:.1e} ({how.tolerance:.0e} was asked for)"
-    ]
+def _degraded(event: StepCompleted, how: CompensationSettings) -> list[str]:
+    """What went less well in a step, a sentence each with what to do."""
+    found, step = [], f"step {event.step.index}"
+    if how.how == "exact" and event.residual > how.tolerance:
+        found.append(
+            f"{step}: exact compensation stopped after {event.iterations} products, at the relative "
+            f"residual {event.residual:.1e} ({how.tolerance:.0e} was asked for)"
+        )
+    if event.fell_back:
+        found.append(
+            f"{step}: {how.how} compensation came out worse than none, so the survivors stayed where they were; raise "
+            f"the damping{' or compensation.max_iterations' if how.how == 'exact' else ''}"
+        )
+    if 0 <= event.loss < -event.predicted_increase:  # no loss here is negative; false where either is unknown
+        found.append(
+            f"{step}: the predicted change of the loss, {event.predicted_increase:.2g}, would take it below zero from "
+            f"{event.loss:.2g}, so the quadratic model does not hold there and the gradient's step may ruin the "
+            "network; use compensation.first_order < 1, a larger estimator.damping, or estimator.fisher=importance"
+        )
+    return found
 
 
 def _step_metrics(step: StepRecord, prunable: int) -> dict[str, float]:
