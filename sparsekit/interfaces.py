@@ -87,6 +87,14 @@ class CurvatureEstimator(ABC):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
 
+    def state_device(self, name: str, tensor: Tensor, device: torch.device) -> torch.device:
+        """Where a tensor of the state lies while the model is on `device`; a resumed run puts it there.
+
+        By default beside the model. A checkpoint holds everything on the host, and only the estimator knows what it
+        keeps there: rows that are paged in because the device is too small for them must not all be put on it.
+        """
+        return device
+
     @classmethod
     @abstractmethod
     def memory(cls, space: ParameterSpace, settings: Any) -> int:

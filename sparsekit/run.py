@@ -309,11 +309,13 @@ class _Driver:
         device = next(self.model.parameters()).device
 
         def part(prefix: str) -> dict[str, Tensor]:
-            named = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            return {k: t.to(device) for k, t in named.items()}
+            return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
         state = PrunerState(step, Mask(tensors["mask"].to(device)), meta["dense"])
-        pruner.restore(part("model."), part("estimator."), state)
+        weights = {k: t.to(device) for k, t in part("model.").items()}
+        # The estimator says where its own tensors lie: what it pages in from the host may not fit on the device.
+        learned = {k: t.to(pruner.estimator.state_device(k, t, device)) for k, t in part("estimator.").items()}
+        pruner.restore(weights, learned, state)
         self.record = RunRecord.model_validate(meta["record"])
         self.tracked = meta["tracked"]
 

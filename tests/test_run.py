@@ -129,3 +129,19 @@ def test_what_went_less_well_is_listed(changes, expected):
     found = _degraded(completed(**changes), CompensationSettings())
     assert len(found) == len(expected)
     assert all(re.match(f"step 2: .*{text}", line) for text, line in zip(expected, found, strict=True))
+
+
+def test_a_resumed_estimator_says_where_its_state_lies(tmp_path, monkeypatch):
+    asked, base = [], REGISTRY.get("estimator", "obs")
+
+    def state_device(self, name, tensor, device):
+        asked.append((name, device.type))
+        return device
+
+    monkeypatch.setattr(base, "state_device", state_device)
+    given = settings(tmp_path, estimator={"name": "obs", "examples": 32}, finetune={"epochs": 0})
+    with pytest.raises(KeyboardInterrupt):
+        execute(given, REGISTRY, listener=interrupt_after(1))
+    assert not asked
+    execute(given, REGISTRY, resume=True)
+    assert asked == [("mean_diagonal", "cpu"), ("rows", "cpu")]
