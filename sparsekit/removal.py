@@ -67,16 +67,20 @@ class InverseFisher:
             return self.operator
         return self.operator.conditioned(mask.kept)
 
-    def diagonal(self, mask: Mask | None = None) -> Tensor:
+    def diagonal(self, mask: Mask | None = None, conditioned: LinearOperator | None = None) -> Tensor:
         """Diag Σ, (n,); with a mask, conditioned on the removed weights as far as the structure can.
 
         Zero on removed weights, positive elsewhere.
+
+        Args:
+            mask: see above.
+            conditioned: Σ conditioned on this mask, where it is at hand: made anew it is factorised again.
 
         Raises:
             CurvatureError: an entry that should be positive is not. Nothing may be ranked by it: negative
                 entries would be removed first.
         """
-        diagonal = self.conditioned(mask).diagonal()
+        diagonal = (self.conditioned(mask) if conditioned is None else conditioned).diagonal()
         inside = diagonal if mask is None else diagonal[mask.kept]
         if inside.numel() and not bool((inside > 0).all() & inside.isfinite().all()):
             raise CurvatureError(
@@ -172,5 +176,5 @@ class InverseFisher:
         operator = self.conditioned(mask)
         step = torch.zeros_like(target) if linear is None else -(operator @ (linear * mask.kept))
         chosen = fixed & mask.kept
-        multipliers = torch.where(chosen, (target - step) / operator.diagonal(), 0.0)
+        multipliers = torch.where(chosen, (target - step) / self.diagonal(mask, operator), 0.0)
         return torch.where(fixed, target, step + operator @ multipliers)
