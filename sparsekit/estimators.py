@@ -134,6 +134,10 @@ class BlockFisherSettings(EstimatorSettings):
             raise ValueError("rows start afresh at a refresh: use decay=0 or store=blocks")
         return self
 
+    def fitting(self, available: int) -> int:
+        """Whole rows of `average` examples."""
+        return available // self.average * self.average
+
     @property
     def rows(self) -> int:
         """M, the number of rows of one estimate (for one row an example)."""
@@ -189,7 +193,8 @@ class BlockFisher(CurvatureEstimator):
 
     def _take_rows(self, rows: Iterable[Tensor], count: int, objective: Objective) -> None:
         self._rows = None  # freed before as much again is allocated
-        kept = torch.empty(count, self.space.size, dtype=objective.dtype, device=self._place(objective.device, count, objective.dtype))
+        where = self._place(objective.device, count, objective.dtype)
+        kept = torch.empty(count, self.space.size, dtype=objective.dtype, device=where)
         done, squares = 0, 0.0
         for batch in rows:
             kept[done : done + len(batch)] = batch

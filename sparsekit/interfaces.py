@@ -46,6 +46,10 @@ class EstimatorSettings(Settings):
     examples: int = Field(1024, ge=1, description="calibration examples for each estimate")
     batch_size: int = Field(32, ge=1, description="examples in one forward and backward pass")
 
+    def fitting(self, available: int) -> int:
+        """The largest `examples` that these settings allow where there are `available`; 0 where there is none."""
+        return available
+
 
 class Memory(NamedTuple):
     """Bytes that can still be allocated where the model is, and on the host; the same without an accelerator."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsekit import builtins
 from sparsekit.errors import DataError, RecordError, SettingsError
-from sparsekit.interfaces import CompensationSettings, CurvatureEstimator, Task
+from sparsekit.interfaces import CompensationSettings, CurvatureEstimator, EstimatorSettings, Task
 from sparsekit.objective import Batch, Objective
 from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.provenance import available_memory, machine, now, peak_memory, plugins_used
@@ -142,11 +142,14 @@ def execute(
     shown = preview(resolved)
     estimator: CurvatureEstimator = resolved.build("estimator", shown.space)
     task: Task = resolved.build("task")
-    available, needed = task.size("train"), resolved.options["estimator"].examples  # type: ignore[attr-defined]
-    if needed > available:
+    available, given = task.size("train"), resolved.options["estimator"]
+    assert isinstance(given, EstimatorSettings)
+    if given.examples > available:
+        most = given.fitting(available)
         raise DataError(
-            f"the estimator '{estimator.name}' needs {needed} calibration examples, the task '{task.name}' has "
-            f"{available}; set estimator.examples={available} or less"
+            f"the estimator '{estimator.name}' needs {given.examples} calibration examples, the task '{task.name}' has "
+            f"{available}; "
+            + (f"set estimator.examples={most}, the most that will do" if most else "its other settings allow no fewer")
         )
     progress("prepare", 0, 1)
     task.progress = lambda done, total: progress("prepare", done, total)
@@ -431,7 +434,7 @@ def _degraded(event: StepCompleted, how: CompensationSettings) -> list[str]:
         found.append(
             f"{step}: the predicted change of the loss, {event.predicted_increase:.2g}, would take it below zero from "
             f"{event.loss:.2g}, so the quadratic model does not hold there and the gradient's step may ruin the "
-            "network; use compensation.first_order < 1, a larger estimator.damping, or estimator.fisher=importance"
+            "network; use a larger estimator.damping, or compensation.first_order < 1 (and the saliency's)"
         )
     return found
 
