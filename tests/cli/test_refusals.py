@@ -112,6 +112,11 @@ def test_parameters_that_the_method_does_not_know(refuses, args):
         (["--pattern", "block", "--set", "pattern.size=5000"], "there is no block of 5000 to remove"),
         (["--pattern", "n:m", "--set", "pattern.n=4"], "4:4 was given"),
         (["--preset", "obrt"], "did you mean 'obert'"),
+        (
+            ["--preset", "obert", "--estimator", "mfac"],
+            "the preset 'obert' is for the estimator 'obs', and 'mfac' was given; leave --estimator out",
+        ),
+        (["--set", "preset=3"], "preset = 3 is not a name; known: "),
     ],
     ids=str,
 )
