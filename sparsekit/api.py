@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import DataError, SettingsError
-from sparsekit.interfaces import measure
+from sparsekit.interfaces import EstimatorSettings, measure
 from sparsekit.likelihoods import Likelihood, Loss, as_likelihood
 from sparsekit.objective import Batch, Objective, pairs
 from sparsekit.parameters import Mask, ParameterSpace
@@ -135,7 +135,7 @@ def prune(
             substeps=substeps,
             finetune=resolved.finetune.epochs > 0,
         ),
-        calibration=lambda generator: _calibration(batches, options.examples, options.batch_size),
+        calibration=lambda generator: _calibration(batches, options),
         measure=judge if callable(judge) else (lambda model: measure(model, likelihood, judge)),
         seed=seed,
         finetune_settings=resolved.finetune,
@@ -147,19 +147,20 @@ def prune(
     return Pruned(model, space.unflatten(mask.kept), mask.sparsity, pruner.state.dense or {}, done, space.skipped)
 
 
-def _calibration(batches: Iterable[Batch], examples: int, batch_size: int) -> list[Batch]:
+def _calibration(batches: Iterable[Batch], options: EstimatorSettings) -> list[Batch]:
     """The first `examples` of the batches, cut anew into batches of `batch_size`."""
     taken: list[Batch] = []
-    count = 0
+    count, examples, batch_size = 0, options.examples, options.batch_size
     for inputs, targets in pairs(batches):
         taken.append((inputs[: examples - count], targets[: examples - count]))
         count += len(taken[-1][1])
         if count == examples:
             break
     if count < examples:
+        most = options.fitting(count)
         raise DataError(
-            f"the estimator needs {examples} calibration examples, the data has {count}; "
-            f"give more data or set estimator={{'name': ..., 'examples': {count}}}"
+            f"the estimator needs {examples} calibration examples, the data has {count}; give more data"
+            + (f" or set estimator={{'name': ..., 'examples': {most}}}" if most else "")
         )
     inputs, targets = (torch.cat(parts) for parts in zip(*taken, strict=True))
     return list(zip(inputs.split(batch_size), targets.split(batch_size), strict=True))

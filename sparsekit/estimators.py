@@ -134,6 +134,10 @@ class BlockFisherSettings(EstimatorSettings):
             raise ValueError("rows start afresh at a refresh: use decay=0 or store=blocks")
         return self
 
+    def fitting(self, available: int) -> int:
+        """Whole rows of `average` examples."""
+        return available // self.average * self.average
+
     @property
     def rows(self) -> int:
         """M, the number of rows of one estimate (for one row an example)."""
@@ -189,7 +193,8 @@ class BlockFisher(CurvatureEstimator):
 
     def _take_rows(self, rows: Iterable[Tensor], count: int, objective: Objective) -> None:
         self._rows = None  # freed before as much again is allocated
-        kept = torch.empty(count, self.space.size, dtype=objective.dtype, device=self._place(count, objective))
+        where = self._place(objective.device, count, objective.dtype)
+        kept = torch.empty(count, self.space.size, dtype=objective.dtype, device=where)
         done, squares = 0, 0.0
         for batch in rows:
             kept[done : done + len(batch)] = batch
@@ -197,10 +202,10 @@ class BlockFisher(CurvatureEstimator):
             done += len(batch)
         self._rows, self._mean_diagonal = kept, squares / count / self.space.size
 
-    def _place(self, count: int, objective: Objective) -> torch.device:
-        device, where = objective.device, self.settings.rows_on
+    def _place(self, device: torch.device, count: int, dtype: torch.dtype) -> torch.device:
+        where = self.settings.rows_on
         if where == "auto" and device.type == "cuda":
-            needed = count * self.space.size * objective.dtype.itemsize
+            needed = count * self.space.size * dtype.itemsize
             where = "device" if needed < 0.8 * torch.cuda.mem_get_info(device)[0] else "host"
         return torch.device("cpu") if where == "host" else device
 
@@ -228,14 +233,19 @@ class BlockFisher(CurvatureEstimator):
         """The rows or the blocks, once there are any."""
         state = {"rows": self._rows, "blocks": self._blocks}
         found = {name: tensor for name, tensor in state.items() if tensor is not None}
-        return found and {**found, "mean_diagonal": torch.tensor(self._mean_diagonal, dtype=torch.float64)}
+        mean = torch.tensor(self._mean_diagonal, dtype=torch.float64, device=self._device)
+        return found and {**found, "mean_diagonal": mean}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
         self._rows, self._blocks, self._inverse = state.get("rows"), state.get("blocks"), None
         if state:
             self._mean_diagonal = float(state["mean_diagonal"])
-            self._device = next(iter(state.values())).device
+            self._device = state["mean_diagonal"].device  # beside the model always, as the rows may not be
+
+    def state_device(self, name: str, tensor: Tensor, device: torch.device) -> torch.device:
+        """Rows go where `rows_on` says, the rest beside the model."""
+        return self._place(device, len(tensor), tensor.dtype) if name == "rows" else device
 
     @classmethod
     def memory(cls, space: ParameterSpace, settings: Any) -> int:

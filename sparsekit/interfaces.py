@@ -46,6 +46,10 @@ class EstimatorSettings(Settings):
     examples: int = Field(1024, ge=1, description="calibration examples for each estimate")
     batch_size: int = Field(32, ge=1, description="examples in one forward and backward pass")
 
+    def fitting(self, available: int) -> int:
+        """The largest `examples` that these settings allow where there are `available`; 0 where there is none."""
+        return available
+
 
 class Memory(NamedTuple):
     """Bytes that can still be allocated where the model is, and on the host; the same without an accelerator."""
@@ -86,6 +90,14 @@ class CurvatureEstimator(ABC):
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
+
+    def state_device(self, name: str, tensor: Tensor, device: torch.device) -> torch.device:
+        """Where a tensor of the state lies while the model is on `device`; a resumed run puts it there.
+
+        By default beside the model. A checkpoint holds everything on the host, and only the estimator knows what it
+        keeps there: rows that are paged in because the device is too small for them must not all be put on it.
+        """
+        return device
 
     @classmethod
     @abstractmethod

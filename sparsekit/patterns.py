@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsekit.errors import SettingsError
 from sparsekit.interfaces import Pattern, Settings, Units
-from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.parameters import Mask, ParameterInfo, ParameterSpace
 
 
 class Unstructured(Pattern):
@@ -43,22 +43,29 @@ class Uniform(Pattern):
 
         A tensor that is past its share gives nothing back, and the others have so much less to lose.
         """
-        removed = {info: int(mask.removed[info.slice].count_nonzero()) for info in space.parameters}
-        shares = dict(removed)
-        below = list(space.parameters)
-        while below:
-            # Rounding may give a tensor less of a larger count, so that what is gone may exceed its share.
-            left = count - sum(removed.values()) + sum(removed[info] for info in below)
-            parts = dict(zip(below, _proportional(left, [info.size for info in below]), strict=True))
-            past = [info for info in below if parts[info] < removed[info]]
-            if not past:
-                shares |= parts
-                break
-            below = [info for info in below if info not in past]
-        chosen = torch.zeros_like(mask.kept)
-        for info, share in shares.items():
-            chosen[info.slice] = lowest(scores[info.slice], mask.kept[info.slice], share - removed[info])
-        return chosen
+        return _lowest_of_each(scores, mask.kept, mask, count, {info: info.size for info in space.parameters})
+
+
+def _lowest_of_each(
+    scores: Tensor, eligible: Tensor, mask: Mask, count: int, sizes: Mapping[ParameterInfo, int]
+) -> Tensor:
+    """The lowest eligible scores of each tensor, so that `count` weights are gone in all, in proportion to `sizes`."""
+    removed = {info: int(mask.removed[info.slice].count_nonzero()) for info in sizes}
+    shares = dict(removed)
+    below = [info for info in sizes if sizes[info]]
+    while below:
+        # Rounding may give a tensor less of a larger count, so that what is gone may exceed its share.
+        left = count - sum(removed.values()) + sum(removed[info] for info in below)
+        parts = dict(zip(below, _proportional(left, [sizes[info] for info in below]), strict=True))
+        past = [info for info in below if parts[info] < removed[info]]
+        if not past:
+            shares |= parts
+            break
+        below = [info for info in below if info not in past]
+    chosen = torch.zeros_like(mask.kept)
+    for info, share in shares.items():
+        chosen[info.slice] = lowest(scores[info.slice], eligible[info.slice], share - removed[info])
+    return chosen
 
 
 def _proportional(count: int, sizes: Sequence[int]) -> list[int]:
@@ -84,11 +91,12 @@ class NMSettings(Settings):
 class NM(Pattern):
     """At most N weights stay in each group of M consecutive inputs of an output; short groups stay whole.
 
-    On the way to the full pattern the lowest of the weights that may go are taken first.
+    On the way to the full pattern the lowest of the weights that may go are taken first, from each tensor in
+    proportion to how many may: scores are compared within a tensor only, all the way.
     """
 
     name: ClassVar[str] = "n:m"
-    across_layers: ClassVar[bool] = False  # complete, it leaves nothing to compare
+    across_layers: ClassVar[bool] = False
     Settings: ClassVar[type[Settings]] = NMSettings
 
     def units(self, space: ParameterSpace) -> Units:
@@ -116,14 +124,15 @@ class NM(Pattern):
         return min(wanted, most)
 
     def choose(self, scores: Tensor, mask: Mask, count: int, space: ParameterSpace) -> Tensor:
-        """In each group the M − N lowest may go; of these, the lowest `count` in all do."""
+        """In each group the M − N lowest may go; of these, the lowest of each tensor do, `count` in all."""
         units = self.units(space)
         index = units.index.to(scores.device)
         ranked = torch.where(mask.kept, scores.double(), -torch.inf)  # what is gone stays gone
         order = ranked[index].argsort(dim=1, stable=True)[:, : units.removed]
         may_go = torch.zeros_like(mask.kept)
         may_go[index.gather(1, order)] = True
-        return lowest(scores, may_go & mask.kept, count - mask.removed_count)
+        most = {info: int(may_go[info.slice].count_nonzero()) for info in space.parameters}
+        return _lowest_of_each(scores, may_go & mask.kept, mask, count, most)
 
 
 class BlockSettings(Settings):

@@ -25,7 +25,7 @@ def identity(
 ) -> dict[str, Any]:
     """All that determines the result, and nothing else."""
     settings = resolved.as_dict()
-    for key in ("output", "tracking"):
+    for key in ("output", "tracking", "preset"):  # what a preset sets is written out
         del settings[key]
     settings["device"] = device.type
     for key in ("data_dir", "checkpoint"):  # paths; what lies there is hashed below

@@ -62,8 +62,10 @@ class StepCompleted:
         removed: weights removed in all.
         damping: γ of the inverse used.
         curvature: figures of the estimator, empty without a refresh.
-        predicted_increase, measured_increase: of the mean loss on the calibration examples, by this cut.
+        loss: the mean over the calibration examples before the cut.
+        predicted_increase, measured_increase: of that loss, by this cut.
         iterations, residual: of the joint solve.
+        fell_back: whether joint compensation came out worse than none, which was applied instead.
         pruned, finetuned: metrics after each phase, where measured.
         layer_sparsity: by parameter.
         seconds: by phase.
@@ -73,10 +75,12 @@ class StepCompleted:
     removed: int
     damping: float
     curvature: Metrics
+    loss: float
     predicted_increase: float
     measured_increase: float
     iterations: int
     residual: float
+    fell_back: bool
     pruned: Metrics | None
     finetuned: Metrics | None
     layer_sparsity: Metrics
@@ -198,11 +202,13 @@ class Pruner:
             removed=state.mask.removed_count,
             damping=inverse.damping,
             curvature=curvature,
+            loss=before,
             # a layer's own least squares says nothing of the loss
             predicted_increase=removal.increase if self._is_of_the_loss else math.nan,
             measured_increase=after - before,
             iterations=removal.iterations,
             residual=removal.residual,
+            fell_back=removal.fell_back,
             pruned=pruned,
             finetuned=finetuned,
             layer_sparsity={info.name: Mask(state.mask.kept[info.slice]).sparsity for info in self.space.parameters},

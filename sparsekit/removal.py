@@ -25,12 +25,15 @@ class Removal:
         increase: ½ δᵀHδ + gᵀδ, the quadratic model's loss increase for this δ, in units of the mean loss.
         iterations: conjugate-gradient iterations of the solve; 0 where it was direct.
         residual: its relative residual; 0 where it was direct.
+        fell_back: whether the joint solve came out worse than no compensation by more than rounding, so that δ moves
+            no survivor.
     """
 
     delta: Tensor
     increase: float
     iterations: int = 0
     residual: float = 0.0
+    fell_back: bool = False
 
 
 class InverseFisher:
@@ -64,16 +67,20 @@ class InverseFisher:
             return self.operator
         return self.operator.conditioned(mask.kept)
 
-    def diagonal(self, mask: Mask | None = None) -> Tensor:
+    def diagonal(self, mask: Mask | None = None, conditioned: LinearOperator | None = None) -> Tensor:
         """Diag Σ, (n,); with a mask, conditioned on the removed weights as far as the structure can.
 
         Zero on removed weights, positive elsewhere.
+
+        Args:
+            mask: see above.
+            conditioned: Σ conditioned on this mask, where it is at hand: made anew it is factorised again.
 
         Raises:
             CurvatureError: an entry that should be positive is not. Nothing may be ranked by it: negative
                 entries would be removed first.
         """
-        diagonal = self.conditioned(mask).diagonal()
+        diagonal = (self.conditioned(mask) if conditioned is None else conditioned).diagonal()
         inside = diagonal if mask is None else diagonal[mask.kept]
         if inside.numel() and not bool((inside > 0).all() & inside.isfinite().all()):
             raise CurvatureError(
@@ -132,15 +139,16 @@ class InverseFisher:
             delta, iterations, residual = minimum.solution, minimum.iterations, minimum.residual
         if scale != 1.0:
             delta = torch.where(fixed, target, scale * delta)
-        increase = self.increase(delta, linear)
+        increase, fell_back = self.increase(delta, linear), False
         if how == "joint" and (without := self.increase(target, linear)) < increase:
             # An unfinished solve on the fixed side is not feasible by itself; what is applied still has to be
             # the better of the two.
+            fell_back = increase - without > self._rounding(target)
             delta, increase = target, without
         if not bool(delta.isfinite().all()) or math.isnan(increase):
             raise CurvatureError(f"the update at damping {self.damping:.1e} is not finite; raise the damping")
         delta = torch.where(fixed, target, delta).to(weights.dtype)
-        return Removal(torch.where(chosen, -weights, delta), increase, iterations, residual)
+        return Removal(torch.where(chosen, -weights, delta), increase, iterations, residual, fell_back)
 
     def increase(self, delta: Tensor, gradient: Tensor | None = None) -> float:
         """gᵀδ + ½ δᵀHδ for δ (n,), in units of the mean loss.
@@ -168,5 +176,5 @@ class InverseFisher:
         operator = self.conditioned(mask)
         step = torch.zeros_like(target) if linear is None else -(operator @ (linear * mask.kept))
         chosen = fixed & mask.kept
-        multipliers = torch.where(chosen, (target - step) / operator.diagonal(), 0.0)
+        multipliers = torch.where(chosen, (target - step) / self.diagonal(mask, operator), 0.0)
         return torch.where(fixed, target, step + operator @ multipliers)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsekit import builtins
 from sparsekit.errors import DataError, RecordError, SettingsError
-from sparsekit.interfaces import CompensationSettings, CurvatureEstimator, Task
+from sparsekit.interfaces import CompensationSettings, CurvatureEstimator, EstimatorSettings, Task
 from sparsekit.objective import Batch, Objective
 from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.provenance import available_memory, machine, now, peak_memory, plugins_used
@@ -142,11 +142,14 @@ def execute(
     shown = preview(resolved)
     estimator: CurvatureEstimator = resolved.build("estimator", shown.space)
     task: Task = resolved.build("task")
-    available, needed = task.size("train"), resolved.options["estimator"].examples  # type: ignore[attr-defined]
-    if needed > available:
+    available, given = task.size("train"), resolved.options["estimator"]
+    assert isinstance(given, EstimatorSettings)
+    if given.examples > available:
+        most = given.fitting(available)
         raise DataError(
-            f"the estimator '{estimator.name}' needs {needed} calibration examples, the task '{task.name}' has "
-            f"{available}; set estimator.examples={available} or less"
+            f"the estimator '{estimator.name}' needs {given.examples} calibration examples, the task '{task.name}' has "
+            f"{available}; "
+            + (f"set estimator.examples={most}, the most that will do" if most else "its other settings allow no fewer")
         )
     progress("prepare", 0, 1)
     task.progress = lambda done, total: progress("prepare", done, total)
@@ -309,11 +312,13 @@ class _Driver:
         device = next(self.model.parameters()).device
 
         def part(prefix: str) -> dict[str, Tensor]:
-            named = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            return {k: t.to(device) for k, t in named.items()}
+            return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
         state = PrunerState(step, Mask(tensors["mask"].to(device)), meta["dense"])
-        pruner.restore(part("model."), part("estimator."), state)
+        weights = {k: t.to(device) for k, t in part("model.").items()}
+        # The estimator says where its own tensors lie: what it pages in from the host may not fit on the device.
+        learned = {k: t.to(pruner.estimator.state_device(k, t, device)) for k, t in part("estimator.").items()}
+        pruner.restore(weights, learned, state)
         self.record = RunRecord.model_validate(meta["record"])
         self.tracked = meta["tracked"]
 
@@ -346,7 +351,7 @@ class _Driver:
                 "levels": levels,
                 "steps": steps,
                 "seconds": seconds,
-                "degraded": [*record.degraded, *_unfinished(event, pruner.compensation)],
+                "degraded": [*record.degraded, *_degraded(event, pruner.compensation)],
                 "peak_memory_bytes": max(record.peak_memory_bytes, peak_memory(self.model)),
             }
         )
@@ -412,13 +417,26 @@ class _Driver:
         self.directory.clear_checkpoints()
 
 
-def _unfinished(event: StepCompleted, how: CompensationSettings) -> list[str]:
-    if how.how != "exact" or event.residual <= how.tolerance:
-        return []
-    return [
-        f"step {event.step.index}: exact compensation stopped after {event.iterations} products, at the relative "
-        f"residual {event.residual:.1e} ({how.tolerance:.0e} was asked for)"
-    ]
+def _degraded(event: StepCompleted, how: CompensationSettings) -> list[str]:
+    """What went less well in a step, a sentence each with what to do."""
+    found, step = [], f"step {event.step.index}"
+    if how.how == "exact" and event.residual > how.tolerance:
+        found.append(
+            f"{step}: exact compensation stopped after {event.iterations} products, at the relative "
+            f"residual {event.residual:.1e} ({how.tolerance:.0e} was asked for)"
+        )
+    if event.fell_back:
+        found.append(
+            f"{step}: {how.how} compensation came out worse than none, so the survivors stayed where they were; raise "
+            f"the damping{' or compensation.max_iterations' if how.how == 'exact' else ''}"
+        )
+    if 0 <= event.loss < -event.predicted_increase:  # no loss here is negative; false where either is unknown
+        found.append(
+            f"{step}: the predicted change of the loss, {event.predicted_increase:.2g}, would take it below zero from "
+            f"{event.loss:.2g}, so the quadratic model does not hold there and the gradient's step may ruin the "
+            "network; use a larger estimator.damping, or compensation.first_order < 1 (and the saliency's)"
+        )
+    return found
 
 
 def _step_metrics(step: StepRecord, prunable: int) -> dict[str, float]:

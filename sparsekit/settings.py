@@ -41,6 +41,7 @@ class TrackingSettings(Settings):
 class RunSettings(Settings):
     """A run. The components' own settings stand beside their `name`."""
 
+    preset: str | None = Field(None, description="published configuration that the rest was laid over")
     task: dict[str, Any] = Field({"name": "digits"}, description="what is pruned and how it is measured")
     estimator: dict[str, Any] = Field({"name": "fishleg"}, description="of the inverse Fisher")
     saliency: dict[str, Any] = Field({"name": "obs"}, description="which weights go first")
@@ -112,10 +113,8 @@ def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
     Raises:
         SettingsError, PluginError: with the place, what was given and what was needed.
     """
-    preset = raw.get("preset")
-    if preset is not None:
-        published = registry.get("preset", preset).settings
-        raw = merge(published, {key: value for key, value in raw.items() if key != "preset"})
+    if raw.get("preset") is not None:
+        raw = _over_preset(raw, registry)
     names = {kind: RunSettings.model_fields[kind].get_default() for kind in COMPONENTS}
     settings = validated(RunSettings, merge(names, raw), "")
     classes: dict[str, type[Any]] = {}
@@ -149,6 +148,23 @@ def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
     one_cut = classes["schedule"].name == "one-shot" and settings.substeps == 1 and recipe.epochs == 0
     independent = one_cut if settings.levels == "auto" else settings.levels == "independent"
     return ResolvedRun(settings, classes, options, recipe, sparsity, independent)
+
+
+def _over_preset(raw: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
+    """The preset's settings, and over them the rest of `raw`."""
+    preset = raw["preset"]
+    if not isinstance(preset, str):
+        raise SettingsError(f"preset = {preset!r} is not a name; known: {', '.join(registry.names('preset'))}")
+    published, given = (merge({}, layer) for layer in (registry.get("preset", preset).settings, raw))
+    estimators = [layer.get("estimator") for layer in (published, given)]
+    its, other = (e.get("name") if isinstance(e, Mapping) else None for e in estimators)
+    if its is not None and other is not None and its != other:
+        # Another name starts afresh: of the preset's examples, blocks and damping nothing would be left.
+        raise SettingsError(
+            f"the preset '{preset}' is for the estimator '{its}', and '{other}' was given; leave --estimator out, or "
+            "the preset"
+        )
+    return merge(published, given)
 
 
 def validated(model: type[T], raw: Mapping[str, Any], where: str) -> T:

@@ -84,6 +84,14 @@ def test_too_little_data(model, data):
         sparsekit.prune(model, data, loss="categorical", sparsity=0.5)
 
 
+def test_too_little_data_for_rows_of_several_examples(model, data):
+    given = {"name": "obs", "examples": 128, "average": 10}
+    with pytest.raises(SettingsError, match="average=10 must divide"):
+        sparsekit.prune(model, data, loss="categorical", sparsity=0.5, estimator=given)
+    with pytest.raises(DataError, match="the data has 96; give more data or set .*'examples': 90}"):
+        sparsekit.prune(model, data, loss="categorical", sparsity=0.5, estimator={**given, "examples": 130})
+
+
 def test_a_model_without_prunable_parameters(data):
     with pytest.raises(ModelError, match="no prunable parameter"):
         sparsekit.prune(nn.ReLU(), data, loss="categorical", estimator=FISHLEG)

@@ -1,5 +1,8 @@
 """The published estimators invert one matrix: on the same gradients they agree with one another and the recursion."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,8 @@ from torch.testing import assert_close
 from sparsekit import Categorical, Mask, Objective, ParameterSpace, ScoreContext, builtins
 from sparsekit.patterns import Unstructured
 from sparsekit.registry import Registry
+from sparsekit.run import load_registry, planned
+from sparsekit.settings import parse_assignment, resolve
 from sparsekit.testing import dense_removal, dense_rows, exhaustive_removal, greedy_removal, rank_one_inverse
 
 REGISTRY = Registry(builtins)
@@ -91,3 +96,13 @@ def test_the_first_weight_is_the_cheapest_of_all(twelve):
     scores = weights.square() / (2 * sigma.diagonal())
     assert bool(chosen[scores.argmin()])
     assert float(scores.min()) == pytest.approx(increase)
+
+
+def test_the_example_of_a_sparseml_recipe_makes_the_cuts_of_the_recipe():
+    text = (Path(__file__).parents[1] / "docs" / "baselines.md").read_text()
+    (assignment,) = re.findall(r'--set "(sparsity=\[.*\])"', text)
+    raw = {"schedule": "one-shot", "estimator": "obs", "finetune": {"epochs": 4}}
+    steps = planned(resolve(raw | parse_assignment(assignment), load_registry()))
+    recipe = [0.7, *(0.9 - 0.2 * (1 - t / 6) ** 3 for t in range(1, 7))]
+    assert [step.sparsity for step in steps] == pytest.approx(recipe, abs=1e-5)
+    assert not any(step.restart for step in steps) and all(step.refresh and step.finetune for step in steps)

@@ -213,3 +213,24 @@ def test_rows_that_fit_the_host_are_paged_rather_than_refused(objective):
     with pytest.raises(SettingsError, match=r"estimator.examples=\d"):
         on_device = made.model_copy(update={"rows_on": "device"})
         Fisher.check(objective.model, objective.space, on_device, Memory(needed // 2, needed))
+
+
+@pytest.mark.parametrize(("rows_on", "name", "where"), [("host", "rows", "cpu"), ("device", "rows", "meta")])
+def test_restored_rows_lie_where_they_were_kept(objective, rows_on, name, where):
+    made = Fisher(objective.space, options(block_size=None, store="rows", rows_on=rows_on))
+    assert made.state_device(name, torch.ones(N, P), torch.device("meta")) == torch.device(where)
+
+
+def test_what_is_restored_beside_the_rows_lies_with_the_model(objective):
+    made = Fisher(objective.space, options(store="rows", rows_on="host"))
+    assert made.state_device("mean_diagonal", torch.ones(()), torch.device("meta")) == torch.device("meta")
+
+
+@pytest.mark.gpu
+def test_rows_restored_to_the_host_are_paged_to_the_model(objective):
+    first, second = (Fisher(objective.space, options(store="rows", rows_on="host")) for _ in range(2))
+    first.update(objective, generator=torch.Generator().manual_seed(0))
+    cuda, state = torch.device("cuda"), first.state_dict()
+    second.load_state_dict({k: t.to(second.state_device(k, t, cuda)) for k, t in state.items()})
+    assert second.inverse().operator.device.type == "cuda"
+    assert_close(second.inverse().diagonal().cpu(), first.inverse().diagonal())

@@ -133,3 +133,24 @@ def test_no_block_anywhere_is_refused():
 def test_no_group_anywhere_is_refused():
     with pytest.raises(SettingsError, match="no tensor has 64 inputs to an output, so the pattern 32:64 has no group"):
         NM(NMSettings(n=32, m=64)).count(SPACE, 0.5)
+
+
+def test_n_of_m_on_the_way_does_not_compare_tensors():
+    scores = torch.rand(SPACE.size, generator=torch.Generator().manual_seed(0))
+    pattern, other = NM(NMSettings()), scores.clone()
+    other[SPACE["a"].slice] *= 1000  # another layer's unit
+    count = pattern.count(SPACE, 0.2)
+    first, second = (pattern.choose(s, Mask.full(SPACE.size), count, SPACE) for s in (scores, other))
+    assert torch.equal(first, second)
+    assert int(first.sum()) == count
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_n_of_m_is_exact_on_any_path(seed):
+    draw = torch.Generator().manual_seed(seed)
+    pattern, mask = NM(NMSettings(n=1, m=3)), Mask.full(SPACE.size)
+    for sparsity in [*(0.6 * torch.rand(5, generator=draw, dtype=torch.float64)).sort().values.tolist(), 0.66]:
+        count = pattern.count(SPACE, sparsity)
+        mask = mask.without(pattern.choose(torch.rand(SPACE.size, generator=draw), mask, count, SPACE))
+        assert mask.removed_count == count
+    assert (mask.removed[pattern.units(SPACE).index].sum(1) <= 2).all()

@@ -1,12 +1,16 @@
 import json
+import re
+from dataclasses import fields
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from sparsekit.errors import RecordError
+from sparsekit.interfaces import CompensationSettings
 from sparsekit.pruner import StepCompleted
-from sparsekit.run import execute, load_registry
+from sparsekit.run import _degraded, execute, load_registry
+from sparsekit.schedules import Step
 from sparsekit.settings import resolve
 
 REGISTRY = load_registry()
@@ -101,3 +105,43 @@ def test_joint_compensation_predicts_no_more_than_none(tmp_path):
     none = execute(settings(tmp_path, **one_cut, compensation="none"), REGISTRY)
     for a, b in zip(joint.record.levels, none.record.levels, strict=True):
         assert a.predicted_increase <= b.predicted_increase
+
+
+def completed(**changes):
+    step = Step(index=2, sparsity=0.5, restart=False, refresh=True, finetune=False, level=0, completes_level=True)
+    given = {field.name: None for field in fields(StepCompleted)}
+    given |= {"step": step, "loss": 0.5, "predicted_increase": 0.1, "residual": 0.0, "fell_back": False}
+    return StepCompleted(**given | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"predicted_increase": -0.49}, []),
+        ({"predicted_increase": float("nan")}, []),
+        ({"predicted_increase": -0.51}, ["would take it below zero from 0.5.*compensation.first_order < 1"]),
+        ({"fell_back": True}, ["joint compensation came out worse than none"]),
+    ],
+    ids=["", "a possible decrease", "unknown", "an impossible decrease", "fell back"],
+)
+def test_what_went_less_well_is_listed(changes, expected):
+    found = _degraded(completed(**changes), CompensationSettings())
+    assert len(found) == len(expected)
+    assert all(re.match(f"step 2: .*{text}", line) for text, line in zip(expected, found, strict=True))
+
+
+def test_a_resumed_estimator_says_where_its_state_lies(tmp_path, monkeypatch):
+    asked, base = [], REGISTRY.get("estimator", "obs")
+
+    def state_device(self, name, tensor, device):
+        asked.append((name, device.type))
+        return device
+
+    monkeypatch.setattr(base, "state_device", state_device)
+    given = settings(tmp_path, estimator={"name": "obs", "examples": 32}, finetune={"epochs": 0})
+    with pytest.raises(KeyboardInterrupt):
+        execute(given, REGISTRY, listener=interrupt_after(1))
+    assert not asked
+    execute(given, REGISTRY, resume=True)
+    assert asked == [("mean_diagonal", "cpu"), ("rows", "cpu")]

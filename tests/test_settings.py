@@ -25,6 +25,11 @@ def test_resolved_settings_resolve_to_themselves(registry):
     assert resolve(once.as_dict(), registry).as_dict() == once.as_dict()
 
 
+def test_a_preset_may_be_given_with_its_own_estimator(registry):
+    run = resolve({"preset": "obert", "estimator": {"name": "obs", "examples": 32}}, registry)
+    assert (run.options["estimator"].examples, run.options["estimator"].average) == (32, 16)
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [

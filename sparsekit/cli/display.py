@@ -93,7 +93,10 @@ def print_summary(outcome: Outcome) -> None:
     if outcome.repeated:
         console.print("This run was finished before; nothing was done now (--fresh does it again).")
     metrics = list(record.dense)
-    table = Table(title=f"{record.estimator} on {record.task}, {record.settings['compensation']['how']} compensation")
+    preset = record.settings.get("preset")
+    named = f"{preset}: " if preset else ""
+    how = record.settings["compensation"]["how"]
+    table = Table(title=escape(f"{named}{record.estimator} on {record.task}, {how} compensation"))
     for column in ("sparsity", "", *metrics, "predicted ΔL", "measured ΔL"):
         table.add_column(column, justify="left" if column == "" else "right")
     table.add_row("0 %", "dense", *(_figure(m, record.dense[m]) for m in metrics), "", "")

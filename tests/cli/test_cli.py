@@ -1,4 +1,6 @@
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,24 @@ def test_a_run_repeats_from_its_own_yaml(cli, tmp_path):
     first = json.loads(out)
     _, out, _ = cli("run", "--config", str(tmp_path / "runs" / first["run"] / "run.yaml"), "--no-tracking", "--json")
     assert json.loads(out)["run"] == first["run"]
+
+
+FEW = ("--preset", "woodfisher-resnet20", "--set", "estimator.examples=64", "--set", "finetune.epochs=0")
+
+
+def test_a_preset_leaves_its_name(cli):
+    _, out, _ = cli("run", *FEW, "--no-tracking")
+    assert "woodfisher-resnet20: woodfisher on digits" in " ".join(out.split())
+    _, out, _ = cli("run", *FEW, "--no-tracking", "--json")
+    record = json.loads(Path(json.loads(out)["record"]).read_text())
+    assert record["settings"]["preset"] == "woodfisher-resnet20"
+
+
+def test_a_run_of_a_preset_repeats_from_its_own_yaml(cli, tmp_path):
+    _, out, _ = cli("run", *FEW, "--no-tracking", "--json")
+    first = json.loads(out)
+    _, out, _ = cli("run", "--config", str(tmp_path / "runs" / first["run"] / "run.yaml"), "--no-tracking")
+    assert "finished before" in out
 
 
 def test_a_dry_run_writes_nothing(cli, tmp_path):
@@ -166,3 +186,10 @@ def test_plugins_as_a_table(cli):
 def test_settings_of_an_estimator(cli):
     _, out, _ = cli("plugins", "--settings", "obs", output=False)
     assert "estimator.block_size" in out
+
+
+def test_python_dash_m(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sparsekit", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("sparsekit", run_name="__main__")
+    assert (stop.value.code or 0, capsys.readouterr().out.split()[0]) == (0, "sparsekit")

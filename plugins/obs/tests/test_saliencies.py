@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sparsekit import InverseFisher, Mask, ParameterSpace, ScoreContext, SettingsError
+from sparsekit import CurvatureError, InverseFisher, Mask, ParameterSpace, ScoreContext, SettingsError
 from sparsekit.linalg import BlockDiagonal, DiagonalPlusLowRank, KroneckerDiagonal, LinearOperator
 from sparsekit.patterns import NM, Block
-from sparsekit_obs.saliencies import GreedySurgeon, GroupSurgeon, cheapest
+from sparsekit_obs.saliencies import GreedySurgeon, GroupSurgeon, cheapest, eliminate
 
 
 def draw(*shape, seed=0):
@@ -182,3 +182,24 @@ def test_the_operators_default_blocks_are_enough():
 
     made, exact = (GreedySurgeon(GreedySurgeon.Settings()).score(Context(o)) for o in (Plain(), dense(6)))
     assert_close(made, exact)
+
+
+INDEFINITE = {
+    "negative": [[1.0, 2.0], [2.0, 1.0]],
+    "zero": [[0.0, 0.0], [0.0, 1.0]],
+    "not a number": [[float("nan"), 0.0], [0.0, 1.0]],
+}
+
+
+@pytest.mark.parametrize("case", INDEFINITE)
+def test_greedy_elimination_takes_no_pivot_that_is_not_positive(case):
+    sigma = torch.tensor([INDEFINITE[case]], dtype=torch.float64)
+    with pytest.raises(CurvatureError, match="1 of 1 blocks .* not positive definite.*raise the damping"):
+        eliminate(sigma, torch.tensor([[1.0, 3.0]], dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("case", INDEFINITE)
+def test_a_group_whose_block_is_not_positive_definite_has_no_cost(case):
+    sigma = torch.tensor([INDEFINITE[case]], dtype=torch.float64)
+    with pytest.raises(CurvatureError, match="1 of 1 blocks .* not positive definite.*raise the damping"):
+        cheapest(sigma, torch.tensor([[1.0, 3.0]], dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool), 2)

@@ -69,3 +69,13 @@ def test_a_run_may_use_the_gradient(how):
     without = prune(model, data, estimator=given, compensation=how, **common)
     using = prune(model, data, estimator=given, compensation={"how": how, "first_order": 1.0}, **common)
     assert using.steps[0].measured_increase < without.steps[0].measured_increase  # an untrained network: g matters
+
+
+def test_the_score_conditions_once(context, monkeypatch):
+    made = []
+    conditioned = type(context.inverse).conditioned
+    monkeypatch.setattr(
+        type(context.inverse), "conditioned", lambda self, mask: made.append(mask) or conditioned(self, mask)
+    )
+    WoodTaylor(WoodTaylor.Settings()).score(context)
+    assert len(made) == 1

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit import Saliency, ScoreContext, Settings, SettingsError
+from sparsekit import CurvatureError, Saliency, ScoreContext, Settings, SettingsError
 
 #: Subsets of a group beyond which the cheapest is found greedily.
 MOST_SUBSETS = 128
@@ -76,11 +76,15 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
 
     Returns:
         (m, B): the cost ½ w_i²/Σ_ii of each weight when it was taken, increasing in the order of the taking.
+
+    Raises:
+        CurvatureError: a pivot Σ_ii is not positive when its weight is taken.
     """
     sigma, weights = sigma.clone(), weights.clone()
     costs, left = torch.zeros_like(weights), torch.ones_like(kept)
     reached, no_bound = torch.zeros_like(weights[:, 0]), weights.new_tensor(torch.inf)
     block = torch.arange(len(sigma), device=sigma.device)
+    smallest = torch.ones_like(reached)
     for _ in range(weights.shape[1]):
         cost = weights.square() / (2 * sigma.diagonal(dim1=1, dim2=2))
         cost = torch.where(left, torch.where(kept, cost, -1.0), torch.inf)
@@ -88,11 +92,13 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
         reached = torch.maximum(torch.nextafter(reached, no_bound), least)  # a later one never before an earlier
         costs[block, i] = reached
         column = sigma[block, :, i]
+        smallest = torch.minimum(smallest, column[block, i])  # NaN stays
         scaled = column / column[block, i][:, None]
         weights -= weights[block, i][:, None] * scaled
         sigma -= column[:, :, None] * scaled[:, None, :]
         left[block, i] = False
         sigma[block, i, i] = 1.0  # what is taken must not divide by zero
+    _check_pivots(smallest)
     return costs
 
 
@@ -158,4 +164,16 @@ def _cost(sigma: Tensor, weights: Tensor, members: Tensor) -> Tensor:
     w = weights.gather(1, members)
     block = torch.arange(len(sigma), device=sigma.device)[:, None, None]
     inner = sigma[block, members[:, :, None], members[:, None, :]]
-    return 0.5 * (w * torch.linalg.solve(inner, w)).sum(1)
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    pivots = factor.diagonal(dim1=1, dim2=2).amin(1)
+    _check_pivots(torch.where(failed == 0, pivots, -1.0))
+    return 0.5 * torch.linalg.solve_triangular(factor, w[:, :, None], upper=False).square().sum((1, 2))
+
+
+def _check_pivots(smallest: Tensor) -> None:
+    """Refuse blocks (m,) whose smallest pivot is not positive: a cost divided by it would rank first, or be NaN."""
+    if not bool((smallest > 0).all()):
+        raise CurvatureError(
+            f"{int((~(smallest > 0)).sum())} of {len(smallest)} blocks of the inverse Fisher are not positive definite "
+            "when their weights are removed one after another; raise the damping"
+        )

@@ -46,5 +46,8 @@ PRESETS = [
             "compensation": {"how": "independent", "first_order": 1.0},
             "schedule": "one-shot",
         },
+        "nothing is changed, but on a network trained to a loss near zero the published damping lets the gradient's "
+        "step predict a loss below zero, and it ruins the network; the record lists that as degraded, and a larger "
+        "estimator.damping, or compensation.first_order and saliency.first_order far below 1, mend it",
     ),
 ]

@@ -36,6 +36,6 @@ class WoodTaylor(Saliency):
         operator = context.inverse.conditioned(context.mask)
         gradient = torch.where(kept, context.gradient, 0.0).to(operator.dtype)
         newton = (operator @ gradient).to(weights.dtype)
-        diagonal = torch.where(kept, context.inverse.diagonal(context.mask).to(weights.dtype), 1.0)
+        diagonal = torch.where(kept, context.inverse.diagonal(context.mask, operator).to(weights.dtype), 1.0)
         scores = (weights - self.settings.first_order * newton).square() / (2 * diagonal)
         return torch.where(kept, scores, 0.0)
