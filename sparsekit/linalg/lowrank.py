@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import CurvatureError
-from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, padded
+from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, missing_damping, padded
 
 #: Bytes of the columns of G that are worked on at a time, and brought to the device where G lies on the host.
 PAGE_BYTES = 1 << 25
@@ -111,10 +111,10 @@ class DiagonalPlusLowRank(LinearOperator):
         gram.diagonal().add_(self.damping * self.count)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if int(failed):
-            scale = float(gram.diagonal().nan_to_num().amax()) / self.count
             raise CurvatureError(
                 f"the Gram matrix of {len(gram)} gradient rows is not positive definite to working precision at "
-                f"damping {self.damping:.1e}; an absolute damping of at least {max(scale, 1e-30) * 1e-10:.1e} would do"
+                f"damping {self.damping:.1e}; "
+                + missing_damping(gram[None] / self.count, len(gram) * torch.finfo(gram.dtype).eps)
             )
         return factor
 

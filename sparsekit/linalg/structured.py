@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsekit.errors import CurvatureError
 from sparsekit.linalg.iterative import conjugate_gradients
-from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, padded
+from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, missing_damping, padded
 
 #: Smallest pivot, relative to the largest, below which a Cholesky factor is not trusted.
 RELATIVE_PIVOT = 1e-12
@@ -395,9 +395,9 @@ def _cholesky(blocks: Tensor) -> Tensor:
     pivots = factor.diagonal(dim1=1, dim2=2).square()
     bad = (failed > 0) | ~(pivots.amin(1) > RELATIVE_PIVOT * pivots.amax(1))
     if bool(bad.any()):
-        scale = float(blocks[bad].diagonal(dim1=1, dim2=2).nan_to_num().amax())
+        pivot = max(RELATIVE_PIVOT, blocks.shape[1] * torch.finfo(blocks.dtype).eps)
         raise CurvatureError(
-            f"{int(bad.sum())} of {len(blocks)} curvature blocks are not positive definite to working precision "
-            f"(largest diagonal {scale:.1e}); an absolute damping of at least {max(scale, 1e-30) * 1e-10:.1e} would do"
+            f"{int(bad.sum())} of {len(blocks)} curvature blocks are not positive definite to working precision; "
+            + missing_damping(blocks[bad], pivot)
         )
     return factor

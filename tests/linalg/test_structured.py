@@ -258,6 +258,45 @@ def test_a_block_that_is_not_positive_definite_is_refused():
         BlockDiagonal(torch.stack([spd(3), -spd(3)]), [3, 3]).diagonal()
 
 
+def raised(make, damping):
+    """The damping that the error names, added to the one that failed."""
+    with pytest.raises(CurvatureError, match="raise the damping by at least") as refused:
+        make(damping).diagonal()
+    return damping + float(str(refused.value).split("by at least ")[1].split(",")[0])
+
+
+@pytest.mark.parametrize("bad", [spd(4, 1) - 3 * torch.eye(4), torch.diag(draw(4).abs()).masked_fill(THIRD[:4], 0)])
+@pytest.mark.parametrize("damping", [0.0, 1e-16])
+def test_the_damping_that_a_block_lacks_is_enough(bad, damping):
+    def make(gamma):
+        return BlockDiagonal(torch.stack([spd(4), bad.double()]) + gamma * torch.eye(4), [4, 4])
+
+    assert bool((make(raised(make, damping)).diagonal() > 0).all())
+
+
+def test_the_damping_that_a_block_in_single_precision_lacks_is_enough():
+    ones = torch.ones(1, 30, 30)
+
+    def make(gamma):
+        return BlockDiagonal(ones + gamma * torch.eye(30), [30])
+
+    assert bool((make(raised(make, 0.0)).diagonal() > 0).all())
+
+
+def test_the_damping_that_rows_lack_is_enough():
+    rows = draw(1, 50).repeat(20, 1) * 1e3
+
+    def make(gamma):
+        return DiagonalPlusLowRank(rows, gamma, 20)
+
+    assert bool(make(raised(make, 1e-12)).diagonal().isfinite().all())
+
+
+def test_a_block_that_is_not_finite_needs_no_damping():
+    with pytest.raises(CurvatureError, match="not finite: check the data"):
+        BlockDiagonal(torch.full((1, 2, 2), torch.nan), [2]).diagonal()
+
+
 def test_small_blocks_do_not_look_small_beside_their_padding():
     tiny = BlockDiagonal(1e-13 * spd(3)[None], [2])
     kept = torch.tensor([True, False])
