@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from sparsekit.curvature import averaged_rows, block_moments, gradient_rows
 from sparsekit.curvature.rows import FisherKind
-from sparsekit.errors import CurvatureError
+from sparsekit.errors import CurvatureError, DataError
 from sparsekit.interfaces import CurvatureEstimator, EstimatorSettings, Memory
 from sparsekit.linalg import BlockDiagonal, Diagonal, DiagonalPlusLowRank, DirectSum, LinearOperator
+from sparsekit.linalg.lowrank import SINGLE_PRECISION_RANGE
 from sparsekit.objective import Objective, some
 from sparsekit.parameters import ParameterSpace
 from sparsekit.removal import InverseFisher
@@ -136,7 +138,7 @@ class BlockFisherSettings(EstimatorSettings):
 
     @property
     def rows(self) -> int:
-        """M, the number of rows of one estimate (for one row an example)."""
+        """The number of rows of one estimate, m (for one row an example)."""
         return self.examples // self.average
 
     def keeps_rows(self, longest: int) -> bool:
@@ -163,6 +165,7 @@ class BlockFisher(CurvatureEstimator):
     def __init__(self, space: ParameterSpace, settings: BlockFisherSettings) -> None:
         super().__init__(space, settings)
         self._sizes = space.stretches(settings.block_size, across_tensors=settings.across_layers)
+        self._lengths = torch.tensor(self._sizes)
         self._keeps_rows = settings.keeps_rows(max(self._sizes))
         self._device: torch.device | None = None
         self._blocks: Tensor | None = None  # (m, B, B), F on the blocks
@@ -172,22 +175,40 @@ class BlockFisher(CurvatureEstimator):
 
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
         """Take the objective's examples in, batch by batch."""
+        settings, examples = self.settings, some(objective.count())
+        if examples % settings.average:
+            raise DataError(
+                f"the data gave {examples} examples, which average={settings.average} does not divide: give "
+                f"{examples // settings.average * settings.average or settings.average} or set estimator.average=1"
+            )
         self._inverse = None
-        settings = self.settings
         rows = gradient_rows(objective, settings.fisher, generator=generator)
         rows = averaged_rows(rows, settings.average)
         self._device = objective.device
         if self._keeps_rows:
-            self._take_rows(rows, objective.count() // settings.average, objective)
+            count = self._take_rows(rows, examples // settings.average, objective)
         else:
-            total, _ = block_moments(rows, self._sizes)
-            new = total.div_(objective.count() // settings.average)
+            first = next(rows)
+            total, count = block_moments(chain([first], rows), self._sizes, dtype=self._of_products(first))
+            new = total.div_(examples // settings.average)
             old, decay = self._blocks, settings.decay
-            self._blocks = new if old is None else decay * old + (1 - decay) * new
+            self._blocks = new if old is None or not decay else new.mul_(1 - decay).add_(old, alpha=decay)
             self._mean_diagonal = float(self._blocks.diagonal(dim1=1, dim2=2).sum() / self.space.size)
-        return {"mean_diagonal": self._mean_diagonal, "rows": float(settings.rows), "average": float(settings.average)}
+        return {
+            "mean_diagonal": self._mean_diagonal,
+            "examples": float(examples),
+            "rows": float(count),
+            "average": float(settings.average),
+        }
 
-    def _take_rows(self, rows: Iterable[Tensor], count: int, objective: Objective) -> None:
+    def _of_products(self, rows: Tensor) -> torch.dtype:
+        """Float64 where float32 would lose too much at this damping, as far as some rows (b, n) tell."""
+        squares = rows.double().square().mean(0)
+        spread = float(torch.segment_reduce(squares, "sum", lengths=self._lengths.to(rows.device)).max())
+        gamma = self.settings.damping * (float(squares.mean()) if self.settings.damping_scale == "relative" else 1.0)
+        return rows.dtype if spread < SINGLE_PRECISION_RANGE * gamma else torch.float64
+
+    def _take_rows(self, rows: Iterable[Tensor], count: int, objective: Objective) -> int:
         self._rows = None  # freed before as much again is allocated
         kept = torch.empty(count, self.space.size, dtype=objective.dtype, device=self._place(count, objective))
         done, squares = 0, 0.0
@@ -196,6 +217,7 @@ class BlockFisher(CurvatureEstimator):
             squares += float(batch.double().square().sum())
             done += len(batch)
         self._rows, self._mean_diagonal = kept, squares / count / self.space.size
+        return done
 
     def _place(self, count: int, objective: Objective) -> torch.device:
         device, where = objective.device, self.settings.rows_on

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -140,8 +141,14 @@ class CurvatureEstimator(ABC):
         )
 
     def resolve_damping(self, damping: float | None, mean_diagonal: float) -> float:
-        """γ as a number in units of the Fisher; `mean_diagonal` is that of F without damping."""
+        """γ as a number in units of the Fisher; `mean_diagonal` is that of F without damping.
+
+        Raises:
+            CurvatureError: it is not finite and above zero.
+        """
         if damping is not None:
+            if not 0 < damping < inf:
+                raise CurvatureError(f"a damping of {damping} was given; a finite number above zero is needed")
             return damping
         gamma = float(self.settings.damping)
         if self.settings.damping_scale == "relative":

@@ -30,7 +30,7 @@ class Diagonal(LinearOperator):
         return B / self.d[:, None]
 
     def diagonal(self) -> Tensor:
-        """D."""
+        """The vector d."""
         return self.d
 
     def inverse_diagonal(self) -> Tensor:
@@ -387,7 +387,8 @@ def _decoupled(where: Tensor, blocks: Tensor, scale: Tensor | None = None) -> Te
         mean = diagonal.masked_fill(where, 0.0).sum(1) / left.clamp_min(1)
         scale = torch.where((left > 0) & (mean > 0), mean, 1.0)[:, None]
     clean = blocks.masked_fill(where[:, :, None] | where[:, None, :], 0.0)
-    return clean + torch.diag_embed(where * scale)
+    clean.diagonal(dim1=1, dim2=2).add_(where * scale)
+    return clean
 
 
 def _cholesky(blocks: Tensor) -> Tensor:

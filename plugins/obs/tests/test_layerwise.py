@@ -123,3 +123,18 @@ def test_the_plugin_registers_it():
     from sparsekit import builtins
 
     assert "obs-layerwise" in Registry(builtins).names("estimator")
+
+
+def test_moments_are_taken_in_double_precision():
+    model = nn.Sequential(nn.Linear(4, 3))
+    inputs = 1 + 1e-3 * torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    objective = Objective(model, Categorical(), [(inputs, torch.zeros(500).long())], ParameterSpace.of(model))
+    X = inputs.double()
+    assert_close(input_moments(objective)["0.weight"][0], X.mT @ X / 500, rtol=1e-14, atol=0)
+
+
+def test_patches_a_few_examples_at_a_time_change_nothing(objective, monkeypatch):
+    whole = input_moments(objective)
+    monkeypatch.setattr("sparsekit.curvature.inputs.PATCH_BYTES", 1)
+    for name, moment in input_moments(objective).items():
+        assert_close(moment, whole[name])
