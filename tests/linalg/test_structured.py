@@ -234,6 +234,20 @@ def test_single_precision_products_keep_their_digits(damping):
     assert apart(operator.minimise(fixed, v.float()).solution, truth) < 1e-3
 
 
+@pytest.mark.parametrize("how", ["product", "linear term"])
+@pytest.mark.parametrize("damping", [1e-8, 1e-6, 1e-4, 1e-2], ids=str)  # tr F/γ is about 1e0 to 1e8
+def test_vectors_in_the_span_of_single_precision_rows_keep_their_digits(damping, how):
+    n, r = 200, 20
+    rows = (draw(r, n) * torch.logspace(0, -3, n, dtype=torch.float64)).float()
+    H = rows.double().mT @ rows.double() / r + damping * torch.eye(n)
+    v = (draw(r, seed=3).float() @ rows).double()
+    operator, nothing = DiagonalPlusLowRank(rows, damping, r), torch.zeros(n, dtype=torch.bool)
+    zeros = torch.zeros(n)
+    found = operator @ v.float() if how == "product" else -operator.minimise(nothing, zeros, v.float()).solution
+    error = found.double() - torch.linalg.solve(H, v)
+    assert float((error @ H @ error / (v @ torch.linalg.solve(H, v))).sqrt()) < 1e-3
+
+
 def test_principal_part_couples_nothing_outside():
     kept = torch.arange(12) % 4 != 0
     matrix = dense(Principal(kronecker(), kept))
