@@ -15,7 +15,7 @@ from sparsekit.curvature.rows import FisherKind
 from sparsekit.errors import CurvatureError, DataError
 from sparsekit.interfaces import CurvatureEstimator, EstimatorSettings, Memory
 from sparsekit.linalg import BlockDiagonal, Diagonal, DiagonalPlusLowRank, DirectSum, LinearOperator
-from sparsekit.linalg.lowrank import SINGLE_PRECISION_RANGE
+from sparsekit.linalg.lowrank import PAGE_BYTES, SINGLE_PRECISION_RANGE
 from sparsekit.objective import Objective, some
 from sparsekit.parameters import ParameterSpace
 from sparsekit.removal import InverseFisher
@@ -214,7 +214,7 @@ class BlockFisher(CurvatureEstimator):
         done, squares = 0, 0.0
         for batch in rows:
             kept[done : done + len(batch)] = batch
-            squares += float(batch.double().square().sum())
+            squares += sum(float(row.double().square().sum()) for row in batch)
             done += len(batch)
         self._rows, self._mean_diagonal = kept, squares / count / self.space.size
         return done
@@ -222,7 +222,7 @@ class BlockFisher(CurvatureEstimator):
     def _place(self, count: int, objective: Objective) -> torch.device:
         device, where = objective.device, self.settings.rows_on
         if where == "auto" and device.type == "cuda":
-            needed = count * self.space.size * objective.dtype.itemsize
+            needed = count * self.space.size * objective.dtype.itemsize + self._beside_rows(self.space, self.settings)
             where = "device" if needed < 0.8 * torch.cuda.mem_get_info(device)[0] else "host"
         return torch.device("cpu") if where == "host" else device
 
@@ -261,16 +261,38 @@ class BlockFisher(CurvatureEstimator):
 
     @classmethod
     def memory(cls, space: ParameterSpace, settings: Any) -> int:
-        """Rows and the factors of their Gram matrices; or statistics, precision, factor and inverse of the blocks."""
+        """Rows and the factors of their Gram matrices; or statistics, precision, factor and inverse of the blocks.
+
+        Of a float32 model; in float64 rows take twice as much.
+        """
+        return cls._of_rows(space, settings) + cls._beside_rows(space, settings)
+
+    @classmethod
+    def _of_rows(cls, space: ParameterSpace, settings: Any) -> int:
         sizes = space.stretches(settings.block_size, across_tensors=settings.across_layers)
-        batch = space.size * 4 * settings.batch_size * 3
+        return 4 * settings.rows * space.size if settings.keeps_rows(max(sizes)) else 0
+
+    @classmethod
+    def _beside_rows(cls, space: ParameterSpace, settings: Any) -> int:
+        sizes = space.stretches(settings.block_size, across_tensors=settings.across_layers)
+        batch = space.size * 4 * settings.batch_size * (3 if settings.average == 1 else 6)
         if settings.keeps_rows(max(sizes)):
             m = settings.rows
-            return m * space.size * 4 + (len(sizes) + 2) * m * m * 8 + batch
-        return len(sizes) * max(sizes) ** 2 * 8 * 5 + batch
+            # factors of a cut and of the one before it, what a factor is made of; pages of columns in float64, and
+            # without those that are gone; vectors
+            factors, pages = (2 * len(sizes) + 4) * m * m * 8, 4 * min(PAGE_BYTES, 8 * m * max(sizes))
+            return factors + pages + batch + 8 * 16 * space.size
+        return len(sizes) * max(sizes) ** 2 * 8 * 7 + batch
 
     @classmethod
     def check(cls, model: nn.Module, space: ParameterSpace, settings: Any, available: Memory) -> None:
-        longest = max(space.stretches(settings.block_size, across_tensors=settings.across_layers))
-        paged = settings.keeps_rows(longest) and settings.rows_on != "device"
-        cls._check_memory(space, settings, available.host if paged else available.device)
+        apart = settings.rows_on != "device" and available.device != available.host  # rows may lie on the host
+        if not (apart and cls._of_rows(space, settings)) or (
+            settings.rows_on == "auto" and cls.memory(space, settings) <= available.device
+        ):
+            super().check(model, space, settings, available)
+            return
+        cls._check_memory(available.host, settings, lambda given: cls._of_rows(space, given), space.size, "host memory")
+        cls._check_memory(
+            available.device, settings, lambda given: cls._beside_rows(space, given), space.size, "device memory"
+        )

@@ -258,10 +258,38 @@ def test_a_block_larger_than_memory_is_refused_with_the_size_that_fits(objective
     assert Fisher.memory(objective.space, made.model_copy(update={"block_size": fits + 1})) > needed // 2
 
 
-def test_rows_that_fit_the_host_are_paged_rather_than_refused(objective):
-    made = options(block_size=None, across_layers=True, batch_size=1)
-    needed = Fisher.memory(objective.space, made)
-    Fisher.check(objective.model, objective.space, made, Memory(device=needed // 2, host=needed))
+def paged(**given):
+    """Settings with rows, the bytes of the rows, and of what must lie on the device beside them."""
+    space = ParameterSpace({"weight": (1, 100_000)})
+    made = options(block_size=None, store="rows", batch_size=1, examples=200, **given)
+    rows = 4 * 200 * space.size
+    return space, made, rows, Fisher.memory(space, made) - rows
+
+
+def test_rows_that_fit_the_host_are_paged_rather_than_refused():
+    space, made, rows, beside = paged()
+    Fisher.check(nn.Module(), space, made, Memory(device=beside, host=rows))
+
+
+def test_rows_that_are_to_lie_on_the_device_must_fit_there():
+    space, made, rows, beside = paged(rows_on="device")
     with pytest.raises(SettingsError, match=r"estimator.examples=\d"):
-        on_device = made.model_copy(update={"rows_on": "device"})
-        Fisher.check(objective.model, objective.space, on_device, Memory(needed // 2, needed))
+        Fisher.check(nn.Module(), space, made, Memory(device=beside, host=10 * rows))
+
+
+def test_rows_that_do_not_fit_the_host_are_refused():
+    space, made, rows, beside = paged(rows_on="host")
+    with pytest.raises(SettingsError, match=r"of host memory .* estimator.examples=199"):
+        Fisher.check(nn.Module(), space, made, Memory(device=beside, host=rows - 1))
+
+
+def test_what_lies_beside_paged_rows_must_fit_the_device():
+    space, made, rows, beside = paged(rows_on="host")
+    with pytest.raises(SettingsError, match="of device memory"):
+        Fisher.check(nn.Module(), space, made, Memory(device=beside - 1, host=rows))
+
+
+def test_without_an_accelerator_rows_and_factors_share_one_memory():
+    space, made, rows, beside = paged()
+    with pytest.raises(SettingsError, match="MiB of memory"):
+        Fisher.check(nn.Module(), space, made, Memory(rows + beside - 1, rows + beside - 1))
