@@ -17,6 +17,9 @@ PAGE_BYTES = 1 << 25
 #: Rows of a triangular matrix that are worked on at a time, so that the half that is known is not computed.
 TILE = 128
 
+#: Rows and columns of G that products with vectors copy at a time on a CPU, to stay in its cache.
+CELL = 64, 4096
+
 #: Bound of λmax/γ up to which float32 squares of the rows lose no more than about three digits.
 SINGLE_PRECISION_RANGE = 1e4
 
@@ -119,21 +122,43 @@ class DiagonalPlusLowRank(LinearOperator):
             )
         return factor
 
-    def _pages_of_products(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        copied = dtype != self.dtype or self.rows.device != self.device or self.kept is not None
-        return self._pages(dtype, None if copied else 16 * self._page)
+    def _cells(self, dtype: torch.dtype) -> Iterator[tuple[slice, Iterator[tuple[slice, Tensor]]]]:
+        """Pages of columns, and of each the parts of G, some rows at a time, in `dtype`; each is soon overwritten."""
+        if dtype == self.dtype and self.rows.device == self.device and self.kept is None:
+            for where, columns in self._pages(dtype, 16 * self._page):
+                yield where, iter([(slice(0, len(columns)), columns)])
+            return
+        height, width = CELL if self.device.type == "cpu" else (len(self.rows), self._page)
+        buffer = torch.empty(height, min(width, self.size), dtype=dtype, device=self.device)  # fresh memory is slow
+
+        def cells(where: slice) -> Iterator[tuple[slice, Tensor]]:
+            for start in range(0, len(self.rows), height):
+                which = slice(start, min(start + height, len(self.rows)))
+                cell = buffer[: which.stop - which.start, : where.stop - where.start]
+                cell.copy_(self.rows[which, where], non_blocking=True)
+                yield which, cell if self.kept is None else cell.mul_(self.kept[where])
+
+        for start in range(0, self.size, width):
+            where = slice(start, min(start + width, self.size))
+            yield where, cells(where)
 
     def _project(self, X: Tensor, dtype: torch.dtype) -> Tensor:
         """G X, (r, k), float64, taken in `dtype`."""
         out = torch.zeros(len(self.rows), X.shape[1], dtype=torch.float64, device=self.device)
-        for where, columns in self._pages_of_products(dtype):
-            out += columns @ X[where].to(dtype)
+        for where, cells in self._cells(dtype):
+            part = X[where].to(dtype)
+            for which, cell in cells:
+                out[which] += cell @ part
         return out
 
     def _project_back(self, Y: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Gᵀ Y by pages, for Y (r, k), taken in `dtype`."""
-        for where, columns in self._pages_of_products(dtype):
-            yield where, columns.mT @ Y.to(dtype)
+        Y = Y.to(dtype)
+        for where, cells in self._cells(dtype):
+            out = Y.new_zeros(where.stop - where.start, Y.shape[1])
+            for which, cell in cells:
+                out.addmm_(cell.mT, Y[which])
+            yield where, out
 
     # -- the operator ------------------------------------------------------------------------------------------
     def _matmul(self, X: Tensor) -> Tensor:

@@ -207,6 +207,17 @@ def test_pages_change_nothing(monkeypatch):
     assert_close(low_rank().diagonal(), whole.diagonal())
 
 
+@pytest.mark.parametrize("kept", [None, torch.arange(9) % 4 != 0], ids=["all", "kept"])
+@pytest.mark.parametrize("cell", [(3, 2), (1, 9), (4, 4), (64, 4096)], ids=str)
+def test_cells_of_products_change_nothing(cell, kept, monkeypatch):
+    monkeypatch.setattr("sparsekit.linalg.lowrank.CELL", cell)
+    rows = (draw(4, 9) * 1e3).float()  # beyond what float32 is used for
+    mine = rows.double() if kept is None else rows.double() * kept
+    H = mine.mT @ mine / 5 + 0.1 * torch.eye(9)
+    operator, v = DiagonalPlusLowRank(rows, 0.1, 5, kept=kept), draw(9, 2)
+    assert_close((operator @ v.float()).double(), torch.linalg.solve(H, v.float().double()), rtol=1e-5, atol=1e-5)
+
+
 def test_single_precision_rows_keep_their_digits_at_small_damping():
     # The published form, V kept in float32, gives errors of 15 and negative entries here.
     n, spectrum = 50, torch.logspace(0, -8, 50, dtype=torch.float64)
