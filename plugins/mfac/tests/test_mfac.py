@@ -1,5 +1,3 @@
-import torch
-
 from sparsekit import ParameterSpace
 from sparsekit_mfac.estimator import MFAC, MFACSettings
 from sparsekit_mfac.presets import PRESETS
