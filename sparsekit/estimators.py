@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from sparsekit.curvature import averaged_rows, block_moments, gradient_rows
 from sparsekit.curvature.rows import FisherKind
-from sparsekit.errors import CurvatureError
+from sparsekit.errors import CurvatureError, DataError
 from sparsekit.interfaces import CurvatureEstimator, EstimatorSettings, Memory
 from sparsekit.linalg import BlockDiagonal, Diagonal, DiagonalPlusLowRank, DirectSum, LinearOperator
+from sparsekit.linalg.lowrank import PAGE_BYTES, SINGLE_PRECISION_RANGE
 from sparsekit.objective import Objective, some
 from sparsekit.parameters import ParameterSpace
 from sparsekit.removal import InverseFisher
@@ -140,7 +142,7 @@ class BlockFisherSettings(EstimatorSettings):
 
     @property
     def rows(self) -> int:
-        """M, the number of rows of one estimate (for one row an example)."""
+        """The number of rows of one estimate, m (for one row an example)."""
         return self.examples // self.average
 
     def keeps_rows(self, longest: int) -> bool:
@@ -167,6 +169,7 @@ class BlockFisher(CurvatureEstimator):
     def __init__(self, space: ParameterSpace, settings: BlockFisherSettings) -> None:
         super().__init__(space, settings)
         self._sizes = space.stretches(settings.block_size, across_tensors=settings.across_layers)
+        self._lengths = torch.tensor(self._sizes)
         self._keeps_rows = settings.keeps_rows(max(self._sizes))
         self._device: torch.device | None = None
         self._blocks: Tensor | None = None  # (m, B, B), F on the blocks
@@ -176,36 +179,55 @@ class BlockFisher(CurvatureEstimator):
 
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
         """Take the objective's examples in, batch by batch."""
+        settings, examples = self.settings, some(objective.count())
+        if examples % settings.average:
+            raise DataError(
+                f"the data gave {examples} examples, which average={settings.average} does not divide: give "
+                f"{examples // settings.average * settings.average or settings.average} or set estimator.average=1"
+            )
         self._inverse = None
-        settings = self.settings
         rows = gradient_rows(objective, settings.fisher, generator=generator)
         rows = averaged_rows(rows, settings.average)
         self._device = objective.device
         if self._keeps_rows:
-            self._take_rows(rows, objective.count() // settings.average, objective)
+            count = self._take_rows(rows, examples // settings.average, objective)
         else:
-            total, _ = block_moments(rows, self._sizes)
-            new = total.div_(objective.count() // settings.average)
+            first = next(rows)
+            total, count = block_moments(chain([first], rows), self._sizes, dtype=self._of_products(first))
+            new = total.div_(examples // settings.average)
             old, decay = self._blocks, settings.decay
-            self._blocks = new if old is None else decay * old + (1 - decay) * new
+            self._blocks = new if old is None or not decay else new.mul_(1 - decay).add_(old, alpha=decay)
             self._mean_diagonal = float(self._blocks.diagonal(dim1=1, dim2=2).sum() / self.space.size)
-        return {"mean_diagonal": self._mean_diagonal, "rows": float(settings.rows), "average": float(settings.average)}
+        return {
+            "mean_diagonal": self._mean_diagonal,
+            "examples": float(examples),
+            "rows": float(count),
+            "average": float(settings.average),
+        }
 
-    def _take_rows(self, rows: Iterable[Tensor], count: int, objective: Objective) -> None:
+    def _of_products(self, rows: Tensor) -> torch.dtype:
+        """Float64 where float32 would lose too much at this damping, as far as some rows (b, n) tell."""
+        squares = rows.double().square().mean(0)
+        spread = float(torch.segment_reduce(squares, "sum", lengths=self._lengths.to(rows.device)).max())
+        gamma = self.settings.damping * (float(squares.mean()) if self.settings.damping_scale == "relative" else 1.0)
+        return rows.dtype if spread < SINGLE_PRECISION_RANGE * gamma else torch.float64
+
+    def _take_rows(self, rows: Iterable[Tensor], count: int, objective: Objective) -> int:
         self._rows = None  # freed before as much again is allocated
         where = self._place(objective.device, count, objective.dtype)
         kept = torch.empty(count, self.space.size, dtype=objective.dtype, device=where)
         done, squares = 0, 0.0
         for batch in rows:
             kept[done : done + len(batch)] = batch
-            squares += float(batch.double().square().sum())
+            squares += sum(float(row.double().square().sum()) for row in batch)
             done += len(batch)
         self._rows, self._mean_diagonal = kept, squares / count / self.space.size
+        return done
 
     def _place(self, device: torch.device, count: int, dtype: torch.dtype) -> torch.device:
         where = self.settings.rows_on
         if where == "auto" and device.type == "cuda":
-            needed = count * self.space.size * dtype.itemsize
+            needed = count * self.space.size * dtype.itemsize + self._beside_rows(self.space, self.settings)
             where = "device" if needed < 0.8 * torch.cuda.mem_get_info(device)[0] else "host"
         return torch.device("cpu") if where == "host" else device
 
@@ -249,16 +271,38 @@ class BlockFisher(CurvatureEstimator):
 
     @classmethod
     def memory(cls, space: ParameterSpace, settings: Any) -> int:
-        """Rows and the factors of their Gram matrices; or statistics, precision, factor and inverse of the blocks."""
+        """Rows and the factors of their Gram matrices; or statistics, precision, factor and inverse of the blocks.
+
+        Of a float32 model; in float64 rows take twice as much.
+        """
+        return cls._of_rows(space, settings) + cls._beside_rows(space, settings)
+
+    @classmethod
+    def _of_rows(cls, space: ParameterSpace, settings: Any) -> int:
         sizes = space.stretches(settings.block_size, across_tensors=settings.across_layers)
-        batch = space.size * 4 * settings.batch_size * 3
+        return 4 * settings.rows * space.size if settings.keeps_rows(max(sizes)) else 0
+
+    @classmethod
+    def _beside_rows(cls, space: ParameterSpace, settings: Any) -> int:
+        sizes = space.stretches(settings.block_size, across_tensors=settings.across_layers)
+        batch = space.size * 4 * settings.batch_size * (3 if settings.average == 1 else 6)
         if settings.keeps_rows(max(sizes)):
             m = settings.rows
-            return m * space.size * 4 + (len(sizes) + 2) * m * m * 8 + batch
-        return len(sizes) * max(sizes) ** 2 * 8 * 5 + batch
+            # factors of a cut and of the one before it, what a factor is made of; pages of columns in float64, and
+            # without those that are gone; vectors
+            factors, pages = (2 * len(sizes) + 4) * m * m * 8, 4 * min(PAGE_BYTES, 8 * m * max(sizes))
+            return factors + pages + batch + 8 * 16 * space.size
+        return len(sizes) * max(sizes) ** 2 * 8 * 7 + batch
 
     @classmethod
     def check(cls, model: nn.Module, space: ParameterSpace, settings: Any, available: Memory) -> None:
-        longest = max(space.stretches(settings.block_size, across_tensors=settings.across_layers))
-        paged = settings.keeps_rows(longest) and settings.rows_on != "device"
-        cls._check_memory(space, settings, available.host if paged else available.device)
+        apart = settings.rows_on != "device" and available.device != available.host  # rows may lie on the host
+        if not (apart and cls._of_rows(space, settings)) or (
+            settings.rows_on == "auto" and cls.memory(space, settings) <= available.device
+        ):
+            super().check(model, space, settings, available)
+            return
+        cls._check_memory(available.host, settings, lambda given: cls._of_rows(space, given), space.size, "host memory")
+        cls._check_memory(
+            available.device, settings, lambda given: cls._beside_rows(space, given), space.size, "device memory"
+        )

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -128,11 +129,13 @@ class CurvatureEstimator(ABC):
         Raises:
             SettingsError: with the number that would fit.
         """
-        cls._check_memory(space, settings, available.device)
+        cls._check_memory(available.device, settings, lambda given: cls.memory(space, given), space.size)
 
     @classmethod
-    def _check_memory(cls, space: ParameterSpace, settings: Any, available: int) -> None:
-        needed = cls.memory(space, settings)
+    def _check_memory(
+        cls, available: int, settings: Any, memory: Callable[[Any], int], weights: int, where: str = "memory"
+    ) -> None:
+        needed = memory(settings)
         if needed <= available:
             return
         fitting = []
@@ -140,20 +143,26 @@ class CurvatureEstimator(ABC):
             given = getattr(settings, name)
 
             def too_large(value: int, name: str = name) -> bool:
-                return cls.memory(space, settings.model_copy(update={name: value})) > available
+                return memory(settings.model_copy(update={name: value})) > available
 
-            largest = bisect_left(range(1, given or space.size), True, key=too_large)
+            largest = bisect_left(range(1, given or weights), True, key=too_large)
             if largest:
                 fitting.append(f"estimator.{name}={largest}")
         advice = f"set {' or '.join(fitting)} or less" if fitting else "prune fewer parameters (include, exclude)"
         raise SettingsError(
-            f"the estimator '{cls.name}' needs {needed / 2**20:,.1f} MiB of memory for {space.size:,} weights, "
+            f"the estimator '{cls.name}' needs {needed / 2**20:,.1f} MiB of {where} for {weights:,} weights, "
             f"{available / 2**20:,.1f} MiB are available; {advice}"
         )
 
     def resolve_damping(self, damping: float | None, mean_diagonal: float) -> float:
-        """γ as a number in units of the Fisher; `mean_diagonal` is that of F without damping."""
+        """γ as a number in units of the Fisher; `mean_diagonal` is that of F without damping.
+
+        Raises:
+            CurvatureError: it is not finite and above zero.
+        """
         if damping is not None:
+            if not 0 < damping < inf:
+                raise CurvatureError(f"a damping of {damping} was given; a finite number above zero is needed")
             return damping
         gamma = float(self.settings.damping)
         if self.settings.damping_scale == "relative":

@@ -50,7 +50,7 @@ class InverseFisher:
 
     @property
     def size(self) -> int:
-        """N."""
+        """The number of weights, n."""
         return self.operator.size
 
     def __matmul__(self, X: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """The base of obs, woodfisher and mfac: blocks of the damped Fisher, kept as blocks or as rows, inverted exactly."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +13,7 @@ from sparsekit import (
     BlockFisherSettings,
     Categorical,
     CurvatureError,
+    DataError,
     Mask,
     Memory,
     Objective,
@@ -125,6 +129,54 @@ def test_the_batches_that_rows_come_in_do_not_matter(objective):
     assert_close(torch.cat(whole), torch.cat(split))
 
 
+@pytest.mark.parametrize("average", [2, 3, 6, 12])
+def test_averaged_rows_come_together(objective, average):
+    batches = list(averaged_rows(all_rows(objective).split(6), average))
+    assert max(map(len, batches)) >= min(6, N // average)
+
+
+@pytest.mark.parametrize("average", [2, 3, 4, 6])
+def test_each_row_is_averaged_with_its_neighbours(objective, average):
+    rows = all_rows(objective)
+    found = torch.cat(list(averaged_rows(rows.split(5), average)))
+    assert_close(found, rows.view(-1, average, P).sum(1) / average**0.5)
+
+
+def test_examples_that_the_average_does_not_divide_are_refused(objective):
+    made = Fisher(objective.space, options(average=5, examples=20))
+    with pytest.raises(DataError, match="12 examples, which average=5 does not divide: give 10 or"):
+        made.update(objective, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("store", ["rows", "blocks"])
+def test_no_data_is_an_error(objective, store):
+    with pytest.raises(DataError, match="no batch"):
+        estimator(replace(objective, batches=[]), store=store)
+
+
+@pytest.mark.parametrize("store", ["rows", "blocks"])
+def test_what_came_is_recorded_rather_than_what_was_asked_for(objective, store):
+    made = Fisher(objective.space, options(examples=1000, average=2, store=store))
+    figures = made.update(objective, generator=torch.Generator())
+    assert (figures["examples"], figures["rows"]) == (N, N / 2)
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_damping_given_must_be_finite_and_above_zero(objective, damping):
+    with pytest.raises(CurvatureError, match="a finite number above zero is needed"):
+        estimator(objective).inverse(damping)
+
+
+@pytest.mark.parametrize("damping", [1e-9, 1e-3, 1.0])
+def test_moments_of_single_precision_rows_keep_their_digits(objective, damping):
+    model = deepcopy(objective.model).float()
+    batches = [(x.float(), y) for x, y in objective.batches]
+    single = Objective(model, objective.likelihood, batches, objective.space)
+    made = estimator(single, damping=damping, store="blocks", block_size=20)
+    H = truth(all_rows(single).double(), objective.space.stretches(20), damping)
+    assert_close(made.inverse().diagonal(), torch.linalg.inv(H).diagonal(), rtol=1e-3, atol=0)
+
+
 def test_a_rest_of_rows_is_an_error(objective):
     with pytest.raises(ValueError, match="2 are left over"):
         list(averaged_rows([all_rows(objective)], 5))
@@ -206,13 +258,41 @@ def test_a_block_larger_than_memory_is_refused_with_the_size_that_fits(objective
     assert Fisher.memory(objective.space, made.model_copy(update={"block_size": fits + 1})) > needed // 2
 
 
-def test_rows_that_fit_the_host_are_paged_rather_than_refused(objective):
-    made = options(block_size=None, across_layers=True, batch_size=1)
-    needed = Fisher.memory(objective.space, made)
-    Fisher.check(objective.model, objective.space, made, Memory(device=needed // 2, host=needed))
+def paged(**given):
+    """Settings with rows, the bytes of the rows, and of what must lie on the device beside them."""
+    space = ParameterSpace({"weight": (1, 100_000)})
+    made = options(block_size=None, store="rows", batch_size=1, examples=200, **given)
+    rows = 4 * 200 * space.size
+    return space, made, rows, Fisher.memory(space, made) - rows
+
+
+def test_rows_that_fit_the_host_are_paged_rather_than_refused():
+    space, made, rows, beside = paged()
+    Fisher.check(nn.Module(), space, made, Memory(device=beside, host=rows))
+
+
+def test_rows_that_are_to_lie_on_the_device_must_fit_there():
+    space, made, rows, beside = paged(rows_on="device")
     with pytest.raises(SettingsError, match=r"estimator.examples=\d"):
-        on_device = made.model_copy(update={"rows_on": "device"})
-        Fisher.check(objective.model, objective.space, on_device, Memory(needed // 2, needed))
+        Fisher.check(nn.Module(), space, made, Memory(device=beside, host=10 * rows))
+
+
+def test_rows_that_do_not_fit_the_host_are_refused():
+    space, made, rows, beside = paged(rows_on="host")
+    with pytest.raises(SettingsError, match=r"of host memory .* estimator.examples=199"):
+        Fisher.check(nn.Module(), space, made, Memory(device=beside, host=rows - 1))
+
+
+def test_what_lies_beside_paged_rows_must_fit_the_device():
+    space, made, rows, beside = paged(rows_on="host")
+    with pytest.raises(SettingsError, match="of device memory"):
+        Fisher.check(nn.Module(), space, made, Memory(device=beside - 1, host=rows))
+
+
+def test_without_an_accelerator_rows_and_factors_share_one_memory():
+    space, made, rows, beside = paged()
+    with pytest.raises(SettingsError, match="MiB of memory"):
+        Fisher.check(nn.Module(), space, made, Memory(rows + beside - 1, rows + beside - 1))
 
 
 @pytest.mark.parametrize(("rows_on", "name", "where"), [("host", "rows", "cpu"), ("device", "rows", "meta")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,9 @@ from sparsekit.curvature.rows import HookedLayer, hooked_layers, input_patches, 
 from sparsekit.errors import ModelError
 from sparsekit.objective import Objective, as_found, some
 from sparsekit.parameters import ParameterSpace
+
+#: Bytes of unfolded inputs that products are taken of at a time; there are up to three such copies.
+PATCH_BYTES = 1 << 24
 
 
 def layer_groups(model: nn.Module, space: ParameterSpace) -> dict[str, int]:
@@ -35,8 +40,8 @@ def _matrices(model: nn.Module, space: ParameterSpace) -> list[HookedLayer]:
 def input_moments(objective: Objective) -> dict[str, Tensor]:
     """E Σ_t x xᵀ over examples, x the inputs that a weight sees at position t: name -> (groups, in, in), float64.
 
-    Products are taken in the model's type of number, batch by batch, and accumulated in float64. The inputs of all
-    uses of a layer count. No gradient is taken.
+    Products are taken in float64, for so many examples at a time that their patches take PATCH_BYTES. The inputs of
+    all uses of a layer count. No gradient is taken.
 
     Raises:
         ModelError: as `layer_groups`, or a layer never ran.
@@ -51,16 +56,28 @@ def input_moments(objective: Objective) -> dict[str, Tensor]:
             for layer in layers:
                 assert layer.weight is not None
                 for a, _ in layer.uses:
-                    groups = int(getattr(layer.module, "groups", 1))
-                    if not isinstance(layer.module, nn.Conv1d | nn.Conv2d):
-                        X = a.reshape(1, -1, a.shape[-1]).mT  # (1, in, b·T)
-                    else:
-                        X = input_patches(layer.module, a)  # (b, in·k, T)
-                        X = X.view(len(a), groups, -1, X.shape[-1]).movedim(0, 2).flatten(2)  # (g, in/g·k, b·T)
-                    moment = (X @ X.mT).double()
-                    totals[layer.weight] = totals[layer.weight] + moment if layer.weight in totals else moment
+                    moment = totals.get(layer.weight)
+                    for part in a.split(_fitting(layer.module, a)):
+                        X = _columns(layer.module, part)
+                        moment = X @ X.mT if moment is None else moment.baddbmm_(X, X.mT)
+                    if moment is not None:
+                        totals[layer.weight] = moment
     count = some(objective.count())
     idle = [name for name in objective.space.names if name not in totals]
     if idle:
         raise ModelError(f"the layers of {', '.join(idle)} never ran on the data: exclude these parameters")
-    return {name: totals[name] / count for name in objective.space.names}
+    return {name: totals[name].div_(count) for name in objective.space.names}
+
+
+def _fitting(module: nn.Module, a: Tensor) -> int:
+    """How many examples of the inputs a (b, …) have patches of PATCH_BYTES in float64, at least one."""
+    copies = math.prod(module.kernel_size) if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
+    return max(1, PATCH_BYTES // max(1, 8 * copies * a[0].numel()))
+
+
+def _columns(module: nn.Module, a: Tensor) -> Tensor:
+    """What a weight sees, (groups, in, b·T), float64."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return a.reshape(1, -1, a.shape[-1]).mT.double()
+    X = input_patches(module, a)  # (b, in·k, T)
+    return X.view(len(a), module.groups, -1, X.shape[-1]).movedim(0, 2).flatten(2).double()  # (g, in/g·k, b·T)

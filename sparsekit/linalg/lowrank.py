@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import CurvatureError
-from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, padded
+from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, missing_damping, padded
 
 #: Bytes of the columns of G that are worked on at a time, and brought to the device where G lies on the host.
 PAGE_BYTES = 1 << 25
 
 #: Rows of a triangular matrix that are worked on at a time, so that the half that is known is not computed.
 TILE = 128
+
+#: Rows and columns of G that products with vectors copy at a time on a CPU, to stay in its cache.
+CELL = 64, 4096
 
 #: Bound of λmax/γ up to which float32 squares of the rows lose no more than about three digits.
 SINGLE_PRECISION_RANGE = 1e4
@@ -27,8 +30,9 @@ class DiagonalPlusLowRank(LinearOperator):
     With the Cholesky factor of the r × r matrix K = γmI + GGᵀ = LLᵀ and V = L⁻¹G:
     Σ = (I − VᵀV)/γ, which has the memory of G and the cost of two passes over it. V is not kept: pages of its
     columns are made where they are needed. K and its factor are float64 always. What is made of G, with the bound
-    b = tr(GᵀG)/(mγ) of λmax/γ: GGᵀ and 1 − Σ V² lose b in digits, and are taken in float64 where that is too much
-    for the rows' own type; products with vectors lose √b in the norm of H, and are in float64 beyond its square.
+    b = tr(GᵀG)/(mγ) of λmax/γ: GGᵀ, 1 − Σ V², products Σv and linear terms have differences of almost equal numbers
+    in them and lose a factor of b, so they are taken in float64 where that is too much for the rows' own type.
+    Products Hv and minima without a linear term lose √b in the norm of H, and are in float64 beyond b's square.
 
     Args:
         rows: G (r, n), on the device or in host memory.
@@ -84,7 +88,7 @@ class DiagonalPlusLowRank(LinearOperator):
 
     @property
     def _of_products(self) -> torch.dtype:
-        """The type that products of the rows with vectors are taken in."""
+        """The type that products of the rows with vectors are taken in where nothing cancels."""
         return self.dtype if self._spread < SINGLE_PRECISION_RANGE**2 else torch.float64
 
     @cached_property
@@ -111,41 +115,63 @@ class DiagonalPlusLowRank(LinearOperator):
         gram.diagonal().add_(self.damping * self.count)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if int(failed):
-            scale = float(gram.diagonal().nan_to_num().amax()) / self.count
             raise CurvatureError(
                 f"the Gram matrix of {len(gram)} gradient rows is not positive definite to working precision at "
-                f"damping {self.damping:.1e}; an absolute damping of at least {max(scale, 1e-30) * 1e-10:.1e} would do"
+                f"damping {self.damping:.1e}; "
+                + missing_damping(gram[None] / self.count, len(gram) * torch.finfo(gram.dtype).eps)
             )
         return factor
 
-    def _pages_of_products(self) -> Iterator[tuple[slice, Tensor]]:
-        copied = self._of_products != self.dtype or self.rows.device != self.device or self.kept is not None
-        return self._pages(self._of_products, None if copied else 16 * self._page)
+    def _cells(self, dtype: torch.dtype) -> Iterator[tuple[slice, Iterator[tuple[slice, Tensor]]]]:
+        """Pages of columns, and of each the parts of G, some rows at a time, in `dtype`; each is soon overwritten."""
+        if dtype == self.dtype and self.rows.device == self.device and self.kept is None:
+            for where, columns in self._pages(dtype, 16 * self._page):
+                yield where, iter([(slice(0, len(columns)), columns)])
+            return
+        height, width = CELL if self.device.type == "cpu" else (len(self.rows), self._page)
+        buffer = torch.empty(height, min(width, self.size), dtype=dtype, device=self.device)  # fresh memory is slow
 
-    def _project(self, X: Tensor) -> Tensor:
-        """G X, (r, k), float64."""
+        def cells(where: slice) -> Iterator[tuple[slice, Tensor]]:
+            for start in range(0, len(self.rows), height):
+                which = slice(start, min(start + height, len(self.rows)))
+                cell = buffer[: which.stop - which.start, : where.stop - where.start]
+                cell.copy_(self.rows[which, where], non_blocking=True)
+                yield which, cell if self.kept is None else cell.mul_(self.kept[where])
+
+        for start in range(0, self.size, width):
+            where = slice(start, min(start + width, self.size))
+            yield where, cells(where)
+
+    def _project(self, X: Tensor, dtype: torch.dtype) -> Tensor:
+        """G X, (r, k), float64, taken in `dtype`."""
         out = torch.zeros(len(self.rows), X.shape[1], dtype=torch.float64, device=self.device)
-        for where, columns in self._pages_of_products():
-            out += columns @ X[where].to(columns.dtype)
+        for where, cells in self._cells(dtype):
+            part = X[where].to(dtype)
+            for which, cell in cells:
+                out[which] += cell @ part
         return out
 
-    def _project_back(self, Y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Gᵀ Y by pages, for Y (r, k)."""
-        for where, columns in self._pages_of_products():
-            yield where, columns.mT @ Y.to(columns.dtype)
+    def _project_back(self, Y: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Gᵀ Y by pages, for Y (r, k), taken in `dtype`."""
+        Y = Y.to(dtype)
+        for where, cells in self._cells(dtype):
+            out = Y.new_zeros(where.stop - where.start, Y.shape[1])
+            for which, cell in cells:
+                out.addmm_(cell.mT, Y[which])
+            yield where, out
 
     # -- the operator ------------------------------------------------------------------------------------------
     def _matmul(self, X: Tensor) -> Tensor:
-        inner = torch.cholesky_solve(self._project(X), self._factor)
+        inner = torch.cholesky_solve(self._project(X, self.working), self._factor)
         out = torch.empty_like(X)
-        for where, part in self._project_back(inner):
+        for where, part in self._project_back(inner, self.working):
             out[where] = (X[where] - part) / self.damping
         return out
 
     def _solve(self, B: Tensor) -> Tensor:
-        inner = self._project(B) / self.count
+        inner = self._project(B, self._of_products) / self.count
         out = torch.empty_like(B)
-        for where, part in self._project_back(inner):
+        for where, part in self._project_back(inner, self._of_products):
             out[where] = self.damping * B[where] + part
         return out
 
@@ -195,8 +221,8 @@ class DiagonalPlusLowRank(LinearOperator):
     ) -> ConstrainedMinimum:
         """In closed form, through the r × r matrix K_S = γmI + G_S G_Sᵀ of the free columns S.
 
-        x_S = −G_Sᵀ K_S⁻¹ G_C x_C, less H_SS⁻¹ c_S. Nothing cancels, whatever the damping. K_S is what is left of
-        K, or made anew, whichever takes the smaller Gram matrix.
+        x_S = −G_Sᵀ K_S⁻¹ G_C x_C, less H_SS⁻¹ c_S. In the first nothing cancels, whatever the damping. K_S is what is
+        left of K, or made anew, whichever takes the smaller Gram matrix.
         """
         target = torch.where(fixed, values.to(self.dtype), 0.0)
         if int(fixed.count_nonzero()) < self.size // 2:
@@ -206,10 +232,13 @@ class DiagonalPlusLowRank(LinearOperator):
         else:
             gram = self._gram(~fixed)
         factor = self._cholesky(gram)
-        free = torch.zeros_like(target) if linear is None else torch.where(fixed, 0.0, linear.to(self.dtype))
+        taken = self._of_products if linear is None else self.working
+        shift = torch.zeros_like(target, dtype=taken)  # c_S/γ
+        if linear is not None:
+            shift = torch.where(fixed, 0.0, linear.to(taken)) / self.damping
         # H_SS⁻¹ (H_SC x_C + c_S), the two terms pushed through Woodbury's identity together
-        inner = self._project((target - free / self.damping)[:, None])
+        inner = self._project((target - shift)[:, None], taken)
         out = torch.empty_like(target)
-        for where, part in self._project_back(torch.cholesky_solve(inner, factor)):
-            out[where] = -part[:, 0] - free[where] / self.damping
+        for where, part in self._project_back(torch.cholesky_solve(inner, factor), taken):
+            out[where] = -part[:, 0] - shift[where]
         return ConstrainedMinimum(torch.where(fixed, target, out))

@@ -199,3 +199,20 @@ def padded(blocks: Tensor, index: Tensor) -> Tensor:
     surplus = index < 0
     clean = blocks.masked_fill(surplus[:, :, None] | surplus[:, None, :], 0.0)
     return clean + torch.diag_embed(surplus.to(blocks.dtype))
+
+
+def missing_damping(matrices: Tensor, pivot: float) -> str:
+    """What to do about (m, B, B) whose Cholesky factors failed, for the end of an error's sentence.
+
+    Twice (|λmin| + pivot · λmax), the largest over the matrices, on their diagonals makes the least pivot larger
+    than `pivot` times the largest.
+    """
+    matrices = matrices.double()
+    if not bool(matrices.isfinite().all()):
+        return "they hold numbers that are not finite: check the data, the loss and the weights"
+    spectra = torch.linalg.eigvalsh(matrices)
+    least = 2 * (spectra[:, 0].abs() + pivot * spectra[:, -1].clamp_min(torch.finfo(torch.float64).tiny))
+    return (
+        f"the least eigenvalue is {float(spectra.min()):.1e} beside {float(spectra.max()):.1e}, the largest: raise the "
+        f"damping by at least {float(least.max()):.1e}, in absolute terms"
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsekit.errors import CurvatureError
 from sparsekit.linalg.iterative import conjugate_gradients
-from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, padded
+from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, missing_damping, padded
 
 #: Smallest pivot, relative to the largest, below which a Cholesky factor is not trusted.
 RELATIVE_PIVOT = 1e-12
@@ -30,7 +30,7 @@ class Diagonal(LinearOperator):
         return B / self.d[:, None]
 
     def diagonal(self) -> Tensor:
-        """D."""
+        """The vector d."""
         return self.d
 
     def inverse_diagonal(self) -> Tensor:
@@ -387,7 +387,8 @@ def _decoupled(where: Tensor, blocks: Tensor, scale: Tensor | None = None) -> Te
         mean = diagonal.masked_fill(where, 0.0).sum(1) / left.clamp_min(1)
         scale = torch.where((left > 0) & (mean > 0), mean, 1.0)[:, None]
     clean = blocks.masked_fill(where[:, :, None] | where[:, None, :], 0.0)
-    return clean + torch.diag_embed(where * scale)
+    clean.diagonal(dim1=1, dim2=2).add_(where * scale)
+    return clean
 
 
 def _cholesky(blocks: Tensor) -> Tensor:
@@ -395,9 +396,9 @@ def _cholesky(blocks: Tensor) -> Tensor:
     pivots = factor.diagonal(dim1=1, dim2=2).square()
     bad = (failed > 0) | ~(pivots.amin(1) > RELATIVE_PIVOT * pivots.amax(1))
     if bool(bad.any()):
-        scale = float(blocks[bad].diagonal(dim1=1, dim2=2).nan_to_num().amax())
+        pivot = max(RELATIVE_PIVOT, blocks.shape[1] * torch.finfo(blocks.dtype).eps)
         raise CurvatureError(
-            f"{int(bad.sum())} of {len(blocks)} curvature blocks are not positive definite to working precision "
-            f"(largest diagonal {scale:.1e}); an absolute damping of at least {max(scale, 1e-30) * 1e-10:.1e} would do"
+            f"{int(bad.sum())} of {len(blocks)} curvature blocks are not positive definite to working precision; "
+            + missing_damping(blocks[bad], pivot)
         )
     return factor

@@ -207,6 +207,17 @@ def test_pages_change_nothing(monkeypatch):
     assert_close(low_rank().diagonal(), whole.diagonal())
 
 
+@pytest.mark.parametrize("kept", [None, torch.arange(9) % 4 != 0], ids=["all", "kept"])
+@pytest.mark.parametrize("cell", [(3, 2), (1, 9), (4, 4), (64, 4096)], ids=str)
+def test_cells_of_products_change_nothing(cell, kept, monkeypatch):
+    monkeypatch.setattr("sparsekit.linalg.lowrank.CELL", cell)
+    rows = (draw(4, 9) * 1e3).float()  # beyond what float32 is used for
+    mine = rows.double() if kept is None else rows.double() * kept
+    H = mine.mT @ mine / 5 + 0.1 * torch.eye(9)
+    operator, v = DiagonalPlusLowRank(rows, 0.1, 5, kept=kept), draw(9, 2)
+    assert_close((operator @ v.float()).double(), torch.linalg.solve(H, v.float().double()), rtol=1e-5, atol=1e-5)
+
+
 def test_single_precision_rows_keep_their_digits_at_small_damping():
     # The published form, V kept in float32, gives errors of 15 and negative entries here.
     n, spectrum = 50, torch.logspace(0, -8, 50, dtype=torch.float64)
@@ -234,6 +245,20 @@ def test_single_precision_products_keep_their_digits(damping):
     assert apart(operator.minimise(fixed, v.float()).solution, truth) < 1e-3
 
 
+@pytest.mark.parametrize("how", ["product", "linear term"])
+@pytest.mark.parametrize("damping", [1e-8, 1e-6, 1e-4, 1e-2], ids=str)  # tr F/γ is about 1e0 to 1e8
+def test_vectors_in_the_span_of_single_precision_rows_keep_their_digits(damping, how):
+    n, r = 200, 20
+    rows = (draw(r, n) * torch.logspace(0, -3, n, dtype=torch.float64)).float()
+    H = rows.double().mT @ rows.double() / r + damping * torch.eye(n)
+    v = (draw(r, seed=3).float() @ rows).double()
+    operator, nothing = DiagonalPlusLowRank(rows, damping, r), torch.zeros(n, dtype=torch.bool)
+    zeros = torch.zeros(n)
+    found = operator @ v.float() if how == "product" else -operator.minimise(nothing, zeros, v.float()).solution
+    error = found.double() - torch.linalg.solve(H, v)
+    assert float((error @ H @ error / (v @ torch.linalg.solve(H, v))).sqrt()) < 1e-3
+
+
 def test_principal_part_couples_nothing_outside():
     kept = torch.arange(12) % 4 != 0
     matrix = dense(Principal(kronecker(), kept))
@@ -256,6 +281,45 @@ def test_a_wrong_shape_is_refused(operator):
 def test_a_block_that_is_not_positive_definite_is_refused():
     with pytest.raises(CurvatureError, match="1 of 2 curvature blocks are not positive definite"):
         BlockDiagonal(torch.stack([spd(3), -spd(3)]), [3, 3]).diagonal()
+
+
+def raised(make, damping):
+    """The damping that the error names, added to the one that failed."""
+    with pytest.raises(CurvatureError, match="raise the damping by at least") as refused:
+        make(damping).diagonal()
+    return damping + float(str(refused.value).split("by at least ")[1].split(",")[0])
+
+
+@pytest.mark.parametrize("bad", [spd(4, 1) - 3 * torch.eye(4), torch.diag(draw(4).abs()).masked_fill(THIRD[:4], 0)])
+@pytest.mark.parametrize("damping", [0.0, 1e-16])
+def test_the_damping_that_a_block_lacks_is_enough(bad, damping):
+    def make(gamma):
+        return BlockDiagonal(torch.stack([spd(4), bad.double()]) + gamma * torch.eye(4), [4, 4])
+
+    assert bool((make(raised(make, damping)).diagonal() > 0).all())
+
+
+def test_the_damping_that_a_block_in_single_precision_lacks_is_enough():
+    ones = torch.ones(1, 30, 30)
+
+    def make(gamma):
+        return BlockDiagonal(ones + gamma * torch.eye(30), [30])
+
+    assert bool((make(raised(make, 0.0)).diagonal() > 0).all())
+
+
+def test_the_damping_that_rows_lack_is_enough():
+    rows = draw(1, 50).repeat(20, 1) * 1e3
+
+    def make(gamma):
+        return DiagonalPlusLowRank(rows, gamma, 20)
+
+    assert bool(make(raised(make, 1e-12)).diagonal().isfinite().all())
+
+
+def test_a_block_that_is_not_finite_needs_no_damping():
+    with pytest.raises(CurvatureError, match="not finite: check the data"):
+        BlockDiagonal(torch.full((1, 2, 2), torch.nan), [2]).diagonal()
 
 
 def test_small_blocks_do_not_look_small_beside_their_padding():

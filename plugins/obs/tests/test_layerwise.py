@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sparsekit import Categorical, Mask, ModelError, Objective, ParameterSpace, SettingsError, prune
+from sparsekit import Categorical, Mask, Memory, ModelError, Objective, ParameterSpace, SettingsError, prune
 from sparsekit.curvature import input_moments
 from sparsekit.registry import Registry
 from sparsekit_obs.layerwise import LayerwiseSettings, LayerwiseSurgeon
@@ -123,3 +123,26 @@ def test_the_plugin_registers_it():
     from sparsekit import builtins
 
     assert "obs-layerwise" in Registry(builtins).names("estimator")
+
+
+def test_moments_are_taken_in_double_precision():
+    model = nn.Sequential(nn.Linear(4, 3))
+    inputs = 1 + 1e-3 * torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    objective = Objective(model, Categorical(), [(inputs, torch.zeros(500).long())], ParameterSpace.of(model))
+    X = inputs.double()
+    assert_close(input_moments(objective)["0.weight"][0], X.mT @ X / 500, rtol=1e-14, atol=0)
+
+
+def test_patches_a_few_examples_at_a_time_change_nothing(objective, monkeypatch):
+    whole = input_moments(objective)
+    monkeypatch.setattr("sparsekit.curvature.inputs.PATCH_BYTES", 1)
+    for name, moment in input_moments(objective).items():
+        assert_close(moment, whole[name])
+
+
+def test_groups_are_counted_before_anything_is_allocated():
+    model = nn.Sequential(nn.Conv2d(640, 640, 5, groups=20))  # 20 Hessians of 800 × 800
+    space, settings = ParameterSpace.of(model), LayerwiseSettings(slice_mebibytes=1)
+    available = Memory(*[LayerwiseSurgeon.memory(space, settings)] * 2)
+    with pytest.raises(SettingsError, match="'obs-layerwise' needs"):
+        LayerwiseSurgeon.check(model, space, settings, available)

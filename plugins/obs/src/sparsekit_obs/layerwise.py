@@ -18,7 +18,7 @@ from sparsekit import (
     Objective,
     ParameterSpace,
 )
-from sparsekit.curvature import input_moments, layer_groups
+from sparsekit.curvature import input_moments, inputs, layer_groups
 from sparsekit.linalg import DirectSum, RepeatedBlock
 
 
@@ -56,7 +56,8 @@ class LayerwiseSurgeon(CurvatureEstimator):
 
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
         """Take the inputs of every layer afresh, at the present weights."""
-        self._moments = {name: 2 * moment for name, moment in input_moments(objective).items()}
+        self._moments = {}  # freed before as much again is allocated
+        self._moments = {name: moment.mul_(2) for name, moment in input_moments(objective).items()}
         dead = sum(int((moment.diagonal(dim1=1, dim2=2) == 0).sum()) for moment in self._moments.values())
         return {"dead_inputs": float(dead)}
 
@@ -86,11 +87,21 @@ class LayerwiseSurgeon(CurvatureEstimator):
 
     @classmethod
     def memory(cls, space: ParameterSpace, settings: Any) -> int:
-        """Hessian, precision and inverse of each layer, a slice of rows, and the inputs of a batch."""
-        widths = [info.size // info.shape[0] for info in space.parameters]
-        return sum(3 * 8 * width**2 for width in widths) + (settings.slice_mebibytes << 20) + 4 * space.size
+        """Hessian, precision and inverse of each layer, a slice of rows, and patches; of groups only `check` knows."""
+        return cls._needed(space, settings, {})
+
+    @staticmethod
+    def _needed(space: ParameterSpace, settings: Any, groups: Mapping[str, int]) -> int:
+        matrices, largest = 0, 0
+        for info in space.parameters:
+            count, width = groups.get(info.name, 1), info.size // info.shape[0]
+            one, rows = 8 * width**2, info.shape[0] // count
+            matrices += 3 * count * one
+            fitting = max(1, (settings.slice_mebibytes << 20) // (4 * one))
+            largest = max(largest, 2 * count * one, 4 * min(fitting, rows) * one)
+        return matrices + largest + 3 * inputs.PATCH_BYTES + 4 * 8 * space.size
 
     @classmethod
     def check(cls, model: nn.Module, space: ParameterSpace, settings: Any, available: Memory) -> None:
-        layer_groups(model, space)
-        super().check(model, space, settings, available)
+        groups = layer_groups(model, space)
+        cls._check_memory(available.device, settings, lambda given: cls._needed(space, given, groups), space.size)
