@@ -1,6 +1,6 @@
 """What curvature costs in units of one plain forward and backward pass: gradient rows, and FishLeg's auxiliary steps.
 
-    OMP_NUM_THREADS=1 python benchmarks/passes.py
+    python benchmarks/speed.py passes
 
 ResNet-20 in evaluation mode, a batch of 128 random 32 × 32 images; all repetitions interleaved, so that other work on
 the machine falls on both sides of a ratio alike. The aims: rows in at most 2 passes, but for `exact`, which takes a
@@ -9,8 +9,6 @@ backward pass for each of the ten classes; an auxiliary step with 8 u in at most
 
 from __future__ import annotations
 
-import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -50,11 +48,8 @@ def auxiliary_step(objective: Objective, products: str) -> Callable[[], object]:
     return lambda: problem.step(parameters, optimiser, fisher)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=15)
-    repetitions = parser.parse_args().repetitions
-
+def measure(repetitions: int) -> None:
+    """Print the table."""
     torch.manual_seed(0)
     model = resnet(20).eval()
     inputs, targets = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
@@ -69,7 +64,7 @@ def main() -> None:
         for _ in gradient_rows(objective, fisher, generator=generator):
             pass
 
-    print(f"{platform.machine()}, torch {torch.__version__}, threads: {torch.get_num_threads()}")
+    print("| in plain forward and backward passes, ResNet-20, batch 128 | median (quartiles) |\n|---|---|")
     kinds: tuple[FisherKind, ...] = get_args(FisherKind)
     work: dict[str, Callable[[], object]] = {f"rows, {kind}": partial(rows, kind) for kind in kinds}
     work |= {f"auxiliary step, products by {how}": auxiliary_step(objective, how) for how in ("layer", "network")}
@@ -82,8 +77,4 @@ def main() -> None:
                 ratios[name].append(ratio)
     for name, found in ratios.items():
         low, _, high = statistics.quantiles(found, n=4)
-        print(f"{name:<36}  {statistics.median(found):.2f}  (quartiles {low:.2f} to {high:.2f})")
-
-
-if __name__ == "__main__":
-    main()
+        print(f"| {name} | {statistics.median(found):.2f} ({low:.2f}–{high:.2f}) |", flush=True)

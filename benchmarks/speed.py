@@ -1,6 +1,6 @@
 """Seconds of this code against the published recursions, as ratios.
 
-    python benchmarks/speed.py                        # one thread, three repetitions, about five minutes, 4 GiB
+    python benchmarks/speed.py                        # one thread, three repetitions, about six minutes, 4 GiB
     python benchmarks/speed.py blocks --repetitions 9
 
 Each section times two ways to the same result in one process, turn about, in every repetition; what counts is the
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import passes
 import torch
 from torch import Tensor
 
@@ -165,19 +166,25 @@ SECTIONS = {"blocks": blocks, "low-rank": low_rank}
 def main() -> None:
     """Print the machine, then a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", default=list(SECTIONS), metavar=" | ".join(SECTIONS))
+    every = [*SECTIONS, "passes"]
+    parser.add_argument("sections", nargs="*", default=every, metavar=" | ".join(every))
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
     for name in options.sections:
-        if name not in SECTIONS:
-            parser.error(f"no section '{name}'; there are {', '.join(SECTIONS)}")
+        if name not in every:
+            parser.error(f"no section '{name}'; there are {', '.join(every)}")
     torch.set_num_threads(1)
     print(", ".join(f"{key} {value}" for key, value in machine(torch.device("cpu")).items()))
-    print(f"\n| m = {GRADIENTS:,} gradients | published s | here s | ratio (quartiles) | apart |")
-    print("|---|---|---|---|---|")
+    against_recursions = [name for name in options.sections if name in SECTIONS]
+    if against_recursions:
+        print(f"\n| m = {GRADIENTS:,} gradients | published s | here s | ratio (quartiles) | apart |")
+        print("|---|---|---|---|---|")
     with torch.no_grad():
-        for name in options.sections:
+        for name in against_recursions:
             SECTIONS[name](options.repetitions)
+    if "passes" in options.sections:
+        print()
+        passes.measure(5 * options.repetitions)
 
 
 if __name__ == "__main__":
