@@ -49,9 +49,9 @@ def outputs(objective, settings):
 
 
 EXACT = {
-    "dense": ({"structure": "dense"}, ("no bias",), whole_tensors),
-    "by size": ({"dense_below": 1000}, ("no bias", "gaussian"), whole_tensors),
-    "a block for each output": ({"structure": "blocks"}, ("no bias",), outputs),
+    "dense": ({"structure": "dense"}, ("no_bias",), whole_tensors),
+    "by size": ({"dense_below": 1000}, ("no_bias", "gaussian"), whole_tensors),
+    "a block for each output": ({"structure": "blocks"}, ("no_bias",), outputs),
 }
 
 
