@@ -19,7 +19,7 @@ from sparsekit.likelihoods import Bernoulli
 from sparsekit.models import Autoencoder
 from sparsekit.objective import as_found
 from sparsekit.tasks.dense import Recipe, dense_network, train
-from sparsekit.tasks.images import ImageBatches, MappedBatches, cache_directory
+from sparsekit.tasks.images import ImageBatches, MappedBatches, cache_directory, part
 
 File = Literal["train", "t10k"]
 
@@ -86,8 +86,10 @@ class MnistAutoencoder(Task):
         return cache_directory() / name
 
     def size(self, split: Split) -> int:
-        count = len(self._images("train" if split == "train" else "t10k"))
-        return count if split == "train" else (count + (split == "tuning")) // 2
+        return len(self._part(split))
+
+    def _part(self, split: Split) -> Tensor:
+        return self._images("train" if split == "train" else "t10k")[part(split)]
 
     def batches(
         self,
@@ -99,9 +101,7 @@ class MnistAutoencoder(Task):
         augment: bool = False,
     ) -> MappedBatches:
         """(pixels, pixels), each (b, 784) in [0, 1]; there is no augmentation."""
-        images = self._images("train" if split == "train" else "t10k")
-        if split != "train":
-            images = images[0 if split == "tuning" else 1 :: 2]
+        images = self._part(split)
         batches = ImageBatches(
             images,
             torch.zeros(len(images), dtype=torch.long),

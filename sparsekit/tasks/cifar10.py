@@ -18,7 +18,7 @@ from sparsekit.errors import DataError
 from sparsekit.interfaces import FinetuneSettings, Split, Task, TaskSettings
 from sparsekit.likelihoods import Categorical
 from sparsekit.models import load_checkpoint, resnet
-from sparsekit.tasks.images import ImageBatches, cache_directory, into_cache
+from sparsekit.tasks.images import ImageBatches, cache_directory, into_cache, part
 
 File = Literal["train", "test"]
 
@@ -80,7 +80,7 @@ class Cifar10(Task):
             count = sum(_rows(path) for path in self._files(file))
         else:
             count = len(self._arrays(file)[1])
-        return int(count) if split == "train" else (count + (split == "tuning")) // 2
+        return len(range(count)[part(split)])
 
     def batches(
         self,
@@ -92,12 +92,9 @@ class Cifar10(Task):
         augment: bool = False,
     ) -> ImageBatches:
         images, labels = self._arrays("train" if split == "train" else "test")
-        if split != "train":
-            half = slice(0 if split == "tuning" else 1, None, 2)
-            images, labels = images[half], labels[half]
         return ImageBatches(
-            images,
-            labels,
+            images[part(split)],
+            labels[part(split)],
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
             batch_size=batch_size,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import DataError, RecordError
+from sparsekit.interfaces import Split
 from sparsekit.objective import Batch
 from sparsekit.records import replacing
 
@@ -19,6 +20,11 @@ from sparsekit.records import replacing
 def cache_directory() -> Path:
     """$SPARSEKIT_CACHE, or the platform's folder for caches."""
     return Path(os.environ.get("SPARSEKIT_CACHE") or platformdirs.user_cache_dir("sparsekit"))
+
+
+def part(split: Split) -> slice:
+    """Of the file that a split is read from: all training examples, the even or the odd test examples."""
+    return {"train": slice(None), "tuning": slice(0, None, 2), "reporting": slice(1, None, 2)}[split]
 
 
 @contextmanager
