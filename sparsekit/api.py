@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import DataError, SettingsError
-from sparsekit.interfaces import EstimatorSettings, measure
+from sparsekit.interfaces import ReconstructionSettings, measure
 from sparsekit.likelihoods import Likelihood, Loss, as_likelihood
 from sparsekit.objective import Batch, Objective, pairs
 from sparsekit.parameters import Mask, ParameterSpace
@@ -57,6 +57,7 @@ def prune(
     steps: int = 4,
     substeps: int = 1,
     compensation: str | Mapping[str, Any] = "joint",
+    reconstruct: str | Mapping[str, Any] = "none",
     finetune: Mapping[str, Any] | None = None,
     evaluation: Iterable[Batch] | Callable[[nn.Module], Metrics] | None = None,
     include: Iterable[str] | None = None,
@@ -80,6 +81,8 @@ def prune(
         steps: cuts with fine-tuning after each; no effect on one-shot.
         substeps: parts of each cut, with the curvature refreshed between them.
         compensation: 'joint', 'independent', 'none' or 'exact', or a mapping with `how` and settings.
+        reconstruct: fit layers to the dense network after a cut: 'none', 'layerwise' or 'fisher', or a mapping with
+            `how` and settings.
         finetune: settings such as {"epochs": 1, "learning_rate": 0.01}; without it there is none. `batch_size` is not
             among them: the batches are those of `data`.
         evaluation: batches, or model -> metrics; by default the loss and accuracy on `data`.
@@ -105,6 +108,7 @@ def prune(
         "steps": steps,
         "substeps": substeps,
         "compensation": compensation,
+        "reconstruction": reconstruct,
         "finetune": {"epochs": 0, **(finetune or {})},
         "seed": seed,
     }
@@ -135,7 +139,9 @@ def prune(
             substeps=substeps,
             finetune=resolved.finetune.epochs > 0,
         ),
-        calibration=lambda generator: _calibration(batches, options),
+        calibration=lambda generator: _examples(batches, options.examples, options.batch_size, options.fitting),
+        reconstruction=resolved.settings.reconstruction,
+        anchors=lambda generator: _anchors(batches, resolved.settings.reconstruction),
         measure=judge if callable(judge) else (lambda model: measure(model, likelihood, judge)),
         seed=seed,
         finetune_settings=resolved.finetune,
@@ -147,20 +153,34 @@ def prune(
     return Pruned(model, space.unflatten(mask.kept), mask.sparsity, pruner.state.dense or {}, done, space.skipped)
 
 
-def _calibration(batches: Iterable[Batch], options: EstimatorSettings) -> list[Batch]:
+def _anchors(batches: Iterable[Batch], how: ReconstructionSettings) -> list[Batch]:
+    return _examples(
+        batches, how.examples, how.batch_size, lambda available: available, "reconstruction", "reconstruct"
+    )
+
+
+def _examples(
+    batches: Iterable[Batch],
+    examples: int,
+    batch_size: int,
+    fitting: Callable[[int], int],
+    what: str = "the estimator",
+    argument: str = "estimator",
+) -> list[Batch]:
     """The first `examples` of the batches, cut anew into batches of `batch_size`."""
     taken: list[Batch] = []
-    count, examples, batch_size = 0, options.examples, options.batch_size
+    count = 0
     for inputs, targets in pairs(batches):
         taken.append((inputs[: examples - count], targets[: examples - count]))
         count += len(taken[-1][1])
         if count == examples:
             break
     if count < examples:
-        most = options.fitting(count)
+        most = fitting(count)
+        key = "how" if argument == "reconstruct" else "name"
         raise DataError(
-            f"the estimator needs {examples} calibration examples, the data has {count}; give more data"
-            + (f" or set estimator={{'name': ..., 'examples': {most}}}" if most else "")
+            f"{what} needs {examples} calibration examples, the data has {count}; give more data"
+            + (f" or set {argument}={{'{key}': ..., 'examples': {most}}}" if most else "")
         )
     inputs, targets = (torch.cat(parts) for parts in zip(*taken, strict=True))
     return list(zip(inputs.split(batch_size), targets.split(batch_size), strict=True))

@@ -332,6 +332,28 @@ class CompensationSettings(Settings):
     )
 
 
+class ReconstructionSettings(Settings):
+    """How layers are fitted to what they give in the dense network; see `reconstruction`."""
+
+    how: Literal["none", "layerwise", "fisher"] = Field(
+        "none",
+        description="after a cut, fit each layer's survivors to its outputs in the dense network: not at all, all "
+        "outputs alike, or weighted by their Fisher information",
+    )
+    examples: int = Field(1024, ge=1, description="training examples that are fitted, labels unused")
+    batch_size: int = Field(64, ge=1, description="examples in one pass")
+    positions: int | None = Field(
+        64, ge=1, description="drawn for each example and layer, of those that a weight is applied at; null: all"
+    )
+    ridge: float = Field(1e-3, ge=0, description="towards the weights as they are, relative to the mean of diag Â")
+    sweeps: int = Field(1, ge=1, description="times that all layers are fitted, one after the other")
+    when: Literal["cut", "level"] = Field("cut", description="after every cut, or only where a level is reached")
+    held_out: float = Field(0.125, ge=0, lt=1, description="fraction of the batches that fits are judged on")
+    cache_mebibytes: int = Field(
+        1024, ge=0, description="host memory for activations that need not be computed again; 0: none"
+    )
+
+
 class FinetuneSettings(Settings):
     """Masked training with momentum SGD after a cut; the same for every method that is compared."""
 

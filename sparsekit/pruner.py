@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.curvature import GaussNewton
-from sparsekit.errors import CurvatureError
+from sparsekit.errors import CurvatureError, SettingsError
 from sparsekit.finetune import finetune
 from sparsekit.interfaces import (
     CompensationSettings,
     CurvatureEstimator,
     FinetuneSettings,
     Pattern,
+    ReconstructionSettings,
     Saliency,
     ScoreContext,
     Units,
@@ -31,6 +32,7 @@ from sparsekit.likelihoods import Likelihood
 from sparsekit.linalg import MatrixFree
 from sparsekit.objective import Batch, Objective
 from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.reconstruction import LayerFit, Reconstruction, output_moments
 from sparsekit.removal import InverseFisher, Removal
 from sparsekit.schedules import Step
 
@@ -47,10 +49,48 @@ class DenseMeasured:
 
 @dataclass(frozen=True)
 class PhaseStarted:
-    """A phase of a step begins: 'curvature', 'removal', 'finetune' or 'measure'."""
+    """A phase of a step begins: 'curvature', 'removal', 'reconstruction', 'finetune' or 'measure'."""
 
     phase: str
     step: Step
+
+
+@dataclass(frozen=True)
+class LayerReconstructed:
+    """A layer was fitted; the model and the pruner's state are what a checkpoint may hold."""
+
+    step: Step
+    fit: LayerFit
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is known of a step once its weights are removed: plain data, see `StepCompleted`."""
+
+    damping: float
+    curvature: Metrics
+    loss: float
+    predicted_increase: float
+    measured_increase: float
+    iterations: int
+    residual: float
+    fell_back: bool
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """What came of the layers after a cut.
+
+    Attributes:
+        increase: of the loss over the calibration examples, by reconstruction; mostly negative.
+        layers: in the order in which they were fitted.
+        left: name of a weight -> why it is as the cut left it.
+    """
+
+    increase: float
+    layers: Sequence[LayerFit]
+    left: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -63,9 +103,11 @@ class StepCompleted:
         damping: γ of the inverse used.
         curvature: figures of the estimator, empty without a refresh.
         loss: the mean over the calibration examples before the cut.
-        predicted_increase, measured_increase: of that loss, by this cut.
+        predicted_increase, measured_increase: of that loss, by this cut, before any reconstruction: the quadratic
+            model speaks of the cut and its compensation.
         iterations, residual: of the joint solve.
         fell_back: whether joint compensation came out worse than none, which was applied instead.
+        reconstruction: what it did; None without.
         pruned, finetuned: metrics after each phase, where measured.
         layer_sparsity: by parameter.
         seconds: by phase.
@@ -81,22 +123,33 @@ class StepCompleted:
     iterations: int
     residual: float
     fell_back: bool
+    reconstruction: Reconstructed | None
     pruned: Metrics | None
     finetuned: Metrics | None
     layer_sparsity: Metrics
     seconds: Metrics
 
 
-Event = DenseMeasured | PhaseStarted | StepCompleted
+Event = DenseMeasured | PhaseStarted | LayerReconstructed | StepCompleted
 
 
 @dataclass
 class PrunerState:
-    """What the next step needs, and a checkpoint holds. The model's own state travels beside it."""
+    """What the next step needs, and a checkpoint holds. The model's own state travels beside it.
+
+    Attributes:
+        next_step: index of the step that is to be done, or goes on.
+        mask: None before the first.
+        dense: metrics.
+        cut: of that step, once its weights are removed.
+        fits: of its layers that are reconstructed already.
+    """
 
     next_step: int = 0
     mask: Mask | None = None
     dense: Metrics | None = None
+    cut: Cut | None = None
+    fits: tuple[LayerFit, ...] = ()
 
 
 @dataclass
@@ -113,6 +166,7 @@ class Pruner:
         calibration: generator -> batches for one curvature estimate.
         seed: of everything random; draws of one step do not depend on those of another.
         measure: model -> metrics.
+        reconstruction, anchors: how layers are fitted after a cut; generator -> the batches that they are fitted on.
         finetune_settings, training, training_batches: the recipe; generator -> an epoch's batches; how many those are.
         progress: called with (phase, done, total) on long work.
     """
@@ -128,6 +182,8 @@ class Pruner:
     calibration: Callable[[torch.Generator], Sequence[Batch]]
     measure: Callable[[nn.Module], Metrics]
     seed: int = 0
+    reconstruction: ReconstructionSettings = field(default_factory=ReconstructionSettings)
+    anchors: Callable[[torch.Generator], Sequence[Batch]] | None = None
     finetune_settings: FinetuneSettings = field(default_factory=FinetuneSettings)
     training: Callable[[torch.Generator], Iterable[Batch]] | None = None
     training_batches: int = 0
@@ -138,6 +194,9 @@ class Pruner:
         # What a restart goes back to. A pruner is made with the dense model, so a resumed one knows it too.
         restarts = any(step.restart for step in self.steps)
         self._dense = {name: t.clone() for name, t in self.model.state_dict().items()} if restarts else {}
+        # What layers are fitted to, for the same reason taken here.
+        self._anchor = deepcopy(self.model) if self.reconstruction.how != "none" else None
+        self._weighting: Mapping[str, Tensor] = {}
         self._phase = "curvature"
         self._untaught = deepcopy(self.estimator) if restarts else self.estimator
 
@@ -163,28 +222,25 @@ class Pruner:
         state = self.state
         assert state.mask is not None
         clock = _Clock(device)
-        if step.restart:
+        if step.restart and state.cut is None:
             self.model.load_state_dict(self._dense)
             state.mask = Mask.full(self.space.size, device)
             if step.refresh:  # nothing of what was learned at another level's weights stays
                 self.estimator = deepcopy(self._untaught)
             self.estimator.shrink(state.mask)
-
-        yield self._started("curvature", step)
         calibration = self.calibration(self._generator("calibration", self._refresh_index(step)))
         objective = Objective(self.model, self.likelihood, self._watched(calibration), self.space)
-        curvature: Metrics = {}
-        if step.refresh:
-            generator = self._generator("labels", step.index, device)
-            curvature = self.estimator.update(objective, generator=generator)
-        inverse = self.estimator.inverse()
-        clock.lap("curvature")
+        if state.cut is None:
+            yield from self._remove(step, objective, clock)
+        assert state.cut is not None
 
-        yield self._started("removal", step)
-        before = objective.loss() if calibration else float("nan")
-        removal = self._cut(step, inverse, objective)
-        clock.lap("removal")
-        after = objective.loss() if calibration else float("nan")
+        reconstructed = None
+        if self._anchor is not None and (self.reconstruction.when == "cut" or step.completes_level):
+            yield self._started("reconstruction", step)
+            left = yield from self._reconstruct(step, self._anchor, clock)
+            after = objective.loss() if calibration else math.nan
+            increase = after - state.cut.loss - state.cut.measured_increase
+            reconstructed = Reconstructed(increase, state.fits, left)
 
         yield self._started("measure", step)
         pruned = self.measure(self.model) if step.completes_level or step.finetune else None
@@ -196,10 +252,47 @@ class Pruner:
             clock.lap("finetune")
             finetuned = self.measure(self.model)
             clock.lap("measure")
-        state.next_step = step.index + 1
+        cut = state.cut
+        seconds = {
+            phase: cut.seconds.get(phase, 0) + clock.seconds.get(phase, 0) for phase in cut.seconds | clock.seconds
+        }
+        state.next_step, state.cut, state.fits = step.index + 1, None, ()
         yield StepCompleted(
             step=step,
             removed=state.mask.removed_count,
+            damping=cut.damping,
+            curvature=cut.curvature,
+            loss=cut.loss,
+            predicted_increase=cut.predicted_increase,
+            measured_increase=cut.measured_increase,
+            iterations=cut.iterations,
+            residual=cut.residual,
+            fell_back=cut.fell_back,
+            reconstruction=reconstructed,
+            pruned=pruned,
+            finetuned=finetuned,
+            layer_sparsity={info.name: Mask(state.mask.kept[info.slice]).sparsity for info in self.space.parameters},
+            seconds=seconds,
+        )
+
+    def _remove(self, step: Step, objective: Objective, clock: _Clock) -> Iterator[Event]:
+        """Curvature and cut; what is known of it afterwards is `state.cut`."""
+        yield self._started("curvature", step)
+        curvature: Metrics = {}
+        if step.refresh:
+            generator = self._generator("labels", step.index, objective.device)
+            curvature = self.estimator.update(objective, generator=generator)
+        inverse = self.estimator.inverse()
+        clock.lap("curvature")
+
+        yield self._started("removal", step)
+        known = len(objective.batches) > 0  # type: ignore[arg-type]
+        before = objective.loss() if known else math.nan
+        removal = self._cut(step, inverse, objective)
+        clock.lap("removal")
+        after = objective.loss() if known else math.nan
+        clock.lap("measure")
+        self.state.cut = Cut(
             damping=inverse.damping,
             curvature=curvature,
             loss=before,
@@ -209,11 +302,42 @@ class Pruner:
             iterations=removal.iterations,
             residual=removal.residual,
             fell_back=removal.fell_back,
-            pruned=pruned,
-            finetuned=finetuned,
-            layer_sparsity={info.name: Mask(state.mask.kept[info.slice]).sparsity for info in self.space.parameters},
-            seconds=clock.seconds,
+            seconds=dict(clock.seconds),
         )
+        clock.seconds.clear()
+
+    def _reconstruct(self, step: Step, anchor: nn.Module, clock: _Clock) -> Generator[Event, None, Mapping[str, str]]:
+        """Fit the layers that are left to fit; returns those that cannot be, and why."""
+        if self.anchors is None or self.state.mask is None:
+            raise SettingsError("reconstruction needs examples: give the pruner `anchors`")
+        generator = self._generator("reconstruction", step.index)
+        batches = self.anchors(generator)
+        work = Reconstruction(
+            self.model,
+            anchor,
+            self.space,
+            self.state.mask,
+            batches,
+            self.reconstruction,
+            weighting=self._output_weighting(anchor) if self.reconstruction.how == "fisher" else None,
+            seed=generator.initial_seed(),
+        )
+        clock.seconds["reconstruction"] = sum(fit.seconds for fit in self.state.fits)  # of before an interruption
+        for fit in work.run(len(self.state.fits), lambda done, total: self.progress("reconstruction", done, total)):
+            self.state.fits = (*self.state.fits, fit)
+            clock.lap("reconstruction")
+            yield LayerReconstructed(step, fit)
+        return work.left
+
+    def _output_weighting(self, anchor: nn.Module) -> Mapping[str, Tensor]:
+        """Fisher information of each layer's outputs: the estimator's where it has factors, else measured once."""
+        found = self.estimator.inverse().output_factors(self.space)
+        if len(found) == len(self.space):
+            return found
+        if not self._weighting:  # of the dense network, so that it is the same before and after an interruption
+            objective = Objective(anchor, self.likelihood, self.calibration(self._generator("outputs", 0)), self.space)
+            self._weighting = output_moments(objective, self._generator("output labels", 0, objective.device))
+        return {**self._weighting, **found}
 
     def _cut(self, step: Step, inverse: InverseFisher, objective: Objective) -> Removal:
         """Score, choose, remove; the model, the mask and the estimator follow."""

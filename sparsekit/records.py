@@ -33,16 +33,38 @@ class _Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
+class LayerFitRecord(_Schema):
+    """How a layer was fitted to what it gives in the dense network."""
+
+    name: str = Field(description="of the weight, with its rows where only some were fitted at a time")
+    error_before: float = Field(description="relative squared error of its outputs, on the examples fitted")
+    error_after: float = Field(description="the same, afterwards")
+    held_out_before: float = Field(description="the same on examples held out; NaN: none were")
+    held_out_after: float = Field(description="the same, afterwards")
+    iterations: int = Field(ge=0, description="of conjugate gradients; 0 where the solve was direct")
+    residual: float = Field(description="relative, at the end of conjugate gradients")
+    seconds: float
+
+
+class ReconstructionRecord(_Schema):
+    """What the reconstruction after a cut did."""
+
+    increase: float = Field(description="of the mean loss on the calibration examples; mostly negative")
+    layers: list[LayerFitRecord] = Field(description="in the order in which they were fitted")
+    left: dict[str, str] = Field(description="weights that are as the cut left them, and why")
+
+
 class LevelRecord(_Schema):
     """What was reached at one of the sparsities that were asked for."""
 
     sparsity: float = Field(description="asked for, as a fraction of the prunable weights")
     achieved: float = Field(description="removed, as a fraction of the prunable weights")
     achieved_total: float = Field(description="removed, as a fraction of all parameters of the model")
-    pruned: dict[str, float] = Field(description="metrics after the cut, before fine-tuning")
+    pruned: dict[str, float] = Field(description="metrics after the cut and reconstruction, before fine-tuning")
     finetuned: dict[str, float] | None = Field(description="metrics after fine-tuning; null: there was none")
     predicted_increase: float = Field(description="of the mean loss per example, by the quadratic model")
     measured_increase: float = Field(description="of the mean loss per example, over the same cuts")
+    reconstructed_increase: float = Field(default=0.0, description="of the same loss, by the reconstructions")
     layer_sparsity: dict[str, float] = Field(description="fraction removed, by parameter name")
 
 
@@ -59,7 +81,8 @@ class StepRecord(_Schema):
     measured_increase: float = Field(description="of the mean loss on the calibration examples")
     iterations: int = Field(ge=0, description="of conjugate gradients; 0 where the removal was direct")
     residual: float = Field(description="relative, at the end of conjugate gradients")
-    pruned: dict[str, float] | None = Field(description="metrics after the cut; null: not measured")
+    reconstruction: ReconstructionRecord | None = Field(default=None, description="null: there was none")
+    pruned: dict[str, float] | None = Field(description="metrics after the cut and reconstruction; null: not measured")
     finetuned: dict[str, float] | None = Field(description="metrics after fine-tuning; null: there was none")
     seconds: dict[str, float] = Field(description="wall-clock time, by part of the step")
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import CurvatureError, SettingsError
-from sparsekit.linalg import LinearOperator
-from sparsekit.parameters import Mask
+from sparsekit.linalg import DirectSum, KroneckerDiagonal, LinearOperator
+from sparsekit.parameters import Mask, ParameterSpace
 
 Compensation = Literal["joint", "independent", "none"]
 
@@ -60,6 +60,23 @@ class InverseFisher:
     def precision(self, X: Tensor) -> Tensor:
         """H X = Σ⁻¹ X, for X (n,) or (n, k)."""
         return self.operator.solve(X.to(self.operator.dtype)).to(X.dtype)
+
+    def output_factors(self, space: ParameterSpace) -> dict[str, Tensor]:
+        """The Fisher information of layers' outputs, up to a factor: name -> (groups, out/groups, out/groups).
+
+        The marginal of H − γI over a weight's inputs, for those whose part of Σ is of Kronecker structure with the
+        outputs as its first mode.
+        """
+        if not isinstance(self.operator, DirectSum) or len(self.operator.parts) != len(space):
+            return {}
+        found = {}
+        for info, part in zip(space.parameters, self.operator.parts, strict=True):
+            if isinstance(part, KroneckerDiagonal) and part.outer is None and part.size == info.size:
+                groups, first = part.q.shape[:2]
+                if groups * first == info.shape[0]:
+                    eye = torch.eye(first, dtype=part.dtype, device=part.device)
+                    found[info.name] = part.marginal(0) - self.damping * info.size / info.shape[0] * eye
+        return found
 
     def conditioned(self, mask: Mask | None) -> LinearOperator:
         """Σ given that the removed weights stay removed, as far as the structure can."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,16 @@ from sparsekit.objective import Batch, Objective
 from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.provenance import available_memory, machine, now, peak_memory, plugins_used
 from sparsekit.provenance import identity as run_identity
-from sparsekit.pruner import DenseMeasured, Event, Pruner, PrunerState, StepCompleted
+from sparsekit.pruner import Cut, DenseMeasured, Event, LayerReconstructed, Pruner, PrunerState, StepCompleted
+from sparsekit.reconstruction import LayerFit
 from sparsekit.records import LevelRecord, RunDirectory, RunRecord, StepRecord, run_key
 from sparsekit.registry import Registry
 from sparsekit.schedules import Step, plan
 from sparsekit.settings import ResolvedRun
 from sparsekit.tracking import NullTracker, Tracker, initialise, resolve_uri
+
+#: Seconds between checkpoints within a step, whose layers are reconstructed one by one.
+SAVE_EVERY = 30.0
 
 Listener = Callable[[Event], None]
 Progress = Callable[[str, int, int], None]
@@ -151,6 +155,12 @@ def execute(
             f"{available}; "
             + (f"set estimator.examples={most}, the most that will do" if most else "its other settings allow no fewer")
         )
+    anchors = settings.reconstruction
+    if anchors.how != "none" and anchors.examples > available:
+        raise DataError(
+            f"reconstruction needs {anchors.examples} training examples, the task '{task.name}' has {available}; set "
+            f"reconstruction.examples={available} or less"
+        )
     progress("prepare", 0, 1)
     task.progress = lambda done, total: progress("prepare", done, total)
     started = time.perf_counter()
@@ -223,6 +233,7 @@ class _Driver:
         self.directory, self.record, self.uri = directory, record, uri
         self.model, self.estimator = model, estimator
         self.plan = planned(resolved)
+        self.saved = time.perf_counter()  # when the last checkpoint was written
         self.tracked: str | None = None  # MLflow's run, so that a resumed run goes on in it
 
     def run(self, resume: bool, listener: Listener, progress: Progress) -> RunRecord:
@@ -242,6 +253,9 @@ class _Driver:
                 if isinstance(event, DenseMeasured):
                     self._update(dense=dict(event.metrics))
                     tracker.metrics({f"dense/{k}": v for k, v in event.metrics.items()}, step=0)
+                elif isinstance(event, LayerReconstructed):
+                    if time.perf_counter() - self.saved > SAVE_EVERY:
+                        self._checkpoint(pruner)
                 elif isinstance(event, StepCompleted):
                     self._completed(event, pruner, tracker, earlier + time.perf_counter() - begun)
             if self.record.dense:
@@ -262,6 +276,10 @@ class _Driver:
             batches = task.batches("train", batch_size=options.batch_size, limit=options.examples, generator=generator)
             return list(batches)
 
+        def anchors(generator: torch.Generator) -> list[Batch]:
+            how = resolved.settings.reconstruction
+            return list(task.batches("train", batch_size=how.batch_size, limit=how.examples, generator=generator))
+
         def training(generator: torch.Generator) -> Iterable[Batch]:
             return task.batches("train", batch_size=resolved.finetune.batch_size, generator=generator, augment=True)
 
@@ -277,6 +295,8 @@ class _Driver:
             calibration=calibration,
             measure=lambda model: task.measure(model, resolved.settings.split),
             seed=resolved.settings.seed,
+            reconstruction=resolved.settings.reconstruction,
+            anchors=anchors,
             finetune_settings=resolved.finetune,
             training=training,
             training_batches=math.ceil(task.size("train") / resolved.finetune.batch_size),
@@ -301,8 +321,11 @@ class _Driver:
                 "record": self.record.model_dump(mode="json"),
                 "dense": state.dense,
                 "tracked": self.tracked,
+                "cut": None if state.cut is None else asdict(state.cut),
+                "fits": [asdict(fit) for fit in state.fits],
             },
         )
+        self.saved = time.perf_counter()
 
     def _restore(self, pruner: Pruner) -> None:
         found = self.directory.load_checkpoint()
@@ -314,7 +337,9 @@ class _Driver:
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
-        state = PrunerState(step, Mask(tensors["mask"].to(device)), meta["dense"])
+        cut = None if meta["cut"] is None else Cut(**meta["cut"])
+        fits = tuple(LayerFit(**fit) for fit in meta["fits"])
+        state = PrunerState(step, Mask(tensors["mask"].to(device)), meta["dense"], cut, fits)
         weights = {k: t.to(device) for k, t in part("model.").items()}
         # The estimator says where its own tensors lie: what it pages in from the host may not fit on the device.
         learned = {k: t.to(pruner.estimator.state_device(k, t, device)) for k, t in part("estimator.").items()}
@@ -334,6 +359,7 @@ class _Driver:
             measured_increase=event.measured_increase,
             iterations=event.iterations,
             residual=event.residual,
+            reconstruction=None if event.reconstruction is None else asdict(event.reconstruction),
             pruned=None if event.pruned is None else dict(event.pruned),
             finetuned=None if event.finetuned is None else dict(event.finetuned),
             seconds=dict(event.seconds),
@@ -373,6 +399,7 @@ class _Driver:
             finetuned=None if event.finetuned is None else dict(event.finetuned),
             predicted_increase=sum(s.predicted_increase for s in mine),
             measured_increase=sum(s.measured_increase for s in mine),
+            reconstructed_increase=sum(s.reconstruction.increase for s in mine if s.reconstruction is not None),
             layer_sparsity=dict(event.layer_sparsity),
         )
 
@@ -450,4 +477,8 @@ def _step_metrics(step: StepRecord, prunable: int) -> dict[str, float]:
     }
     for group in ("curvature", "pruned", "finetuned", "seconds"):
         out |= {f"{group}/{key}": value for key, value in (getattr(step, group) or {}).items()}
+    if step.reconstruction is not None:
+        out["reconstruction/increase"] = step.reconstruction.increase
+        for fit in step.reconstruction.layers:
+            out[f"reconstruction/error/{fit.name}"] = fit.error_after
     return out

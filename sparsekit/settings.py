@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from sparsekit.errors import SettingsError
-from sparsekit.interfaces import CompensationSettings, FinetuneSettings, Settings, Split
+from sparsekit.interfaces import CompensationSettings, FinetuneSettings, ReconstructionSettings, Settings, Split
 from sparsekit.registry import Registry
 
 Sparsity = Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights removed, in [0, 1)")]
@@ -24,7 +24,7 @@ T = TypeVar("T", bound=BaseModel)
 COMPONENTS = ("task", "estimator", "saliency", "schedule", "pattern")
 
 #: What a bare string means where a mapping is expected: `estimator: obs` is `estimator: {name: obs}`.
-SHORTHAND = {**dict.fromkeys(COMPONENTS, "name"), "compensation": "how"}
+SHORTHAND = {**dict.fromkeys(COMPONENTS, "name"), "compensation": "how", "reconstruction": "how"}
 
 
 class TrackingSettings(Settings):
@@ -56,6 +56,9 @@ class RunSettings(Settings):
         "without sub-steps and fine-tuning",
     )
     compensation: CompensationSettings = Field(CompensationSettings(), description="how the surviving weights move")
+    reconstruction: ReconstructionSettings = Field(
+        ReconstructionSettings(), description="whether layers are fitted to the dense network's after a cut"
+    )
     finetune: dict[str, Any] = Field({}, description="masked training after each step; default the task's")
     split: Split = Field("reporting", description="examples that metrics are measured on; tune on 'tuning'")
     seed: int = Field(0, ge=0, description="of calibration examples, sampled labels and fine-tuning order")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparsekit.errors import RecordError
+from sparsekit.errors import DataError, RecordError
 from sparsekit.interfaces import CompensationSettings
-from sparsekit.pruner import StepCompleted
+from sparsekit.pruner import LayerReconstructed, StepCompleted
 from sparsekit.run import _degraded, execute, load_registry
 from sparsekit.schedules import Step
 from sparsekit.settings import resolve
@@ -34,6 +34,12 @@ def result(outcome):
 
 def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def timeless(value):
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key != "seconds"}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
 def interrupt_after(step):
@@ -78,6 +84,63 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path):
         execute(settings(tmp_path), REGISTRY, listener=interrupt_after(1))
     with pytest.raises(RecordError, match="go on with --resume, or start again with --fresh"):
         execute(settings(tmp_path), REGISTRY)
+
+
+@pytest.mark.parametrize("at", [1, 4])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reconstruction": {"how": "fisher", "examples": 192}},
+        {
+            "reconstruction": {"how": "fisher", "examples": 192, "sweeps": 2},
+            "estimator": {"name": "obs", "examples": 128},
+            "finetune": {"epochs": 0},
+            "schedule": "one-shot",
+        },
+        {
+            "reconstruction": {"how": "layerwise", "examples": 192, "when": "level"},
+            "estimator": {"name": "fishleg", "examples": 128, "after_cut": "learn"},
+        },
+    ],
+    ids=["gradual, the estimator's weighting", "independent levels, measured weighting", "layerwise, learned"],
+)
+def test_a_run_resumes_between_two_layers(tmp_path, monkeypatch, changes, at):
+    monkeypatch.setattr("sparsekit.run.SAVE_EVERY", -1.0)
+    whole = execute(settings(tmp_path / "a", **changes), REGISTRY)
+    seen = []
+
+    def listener(event):
+        seen.extend([event] if isinstance(event, LayerReconstructed) else [])
+        if len(seen) == 5 + at:  # in the second step that fits layers, the digits' network having five
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(settings(tmp_path / "b", **changes), REGISTRY, listener=listener)
+    resumed = execute(settings(tmp_path / "b", **changes), REGISTRY, resume=True)
+    assert same(result(whole), result(resumed))
+    assert timeless(whole.record.model_dump()["steps"]) == timeless(resumed.record.model_dump()["steps"])
+
+
+def test_predicted_and_measured_increase_are_those_of_the_cut_alone(tmp_path):
+    changes = {"finetune": {"epochs": 0}, "schedule": "one-shot"}
+    plain = execute(settings(tmp_path, **changes), REGISTRY).record
+    fitted = execute(settings(tmp_path, **changes, reconstruction={"how": "layerwise"}), REGISTRY).record
+    for a, b in zip(plain.levels, fitted.levels, strict=True):
+        assert (a.predicted_increase, a.measured_increase) == (b.predicted_increase, b.measured_increase)
+        assert a.reconstructed_increase == 0 > b.reconstructed_increase
+    assert all(fit.held_out_after < fit.held_out_before for fit in fitted.steps[-1].reconstruction.layers)
+    assert fitted.seconds["reconstruction"] > 0
+
+
+def test_reconstruction_only_where_a_level_is_reached(tmp_path):
+    changes = {"reconstruction": {"how": "layerwise", "when": "level", "examples": 192}}
+    record = execute(settings(tmp_path, **changes), REGISTRY).record
+    assert [step.reconstruction is not None for step in record.steps] == [False, True, False, True]
+
+
+def test_reconstruction_with_more_examples_than_there_are_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"reconstruction needs 5000 .* set reconstruction\.examples=1[0-9]+ or less"):
+        execute(settings(tmp_path, reconstruction={"how": "layerwise", "examples": 5000}), REGISTRY)
 
 
 def test_a_run_that_died_before_its_first_step_resumes_from_the_start(tmp_path):

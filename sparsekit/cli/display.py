@@ -73,6 +73,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
                 "finetuned": level.finetuned,
                 "predicted_increase": finite(level.predicted_increase),
                 "measured_increase": finite(level.measured_increase),
+                "reconstructed_increase": finite(level.reconstructed_increase),
             }
             for level in record.levels
         ],
@@ -95,9 +96,11 @@ def print_summary(outcome: Outcome) -> None:
     metrics = list(record.dense)
     preset = record.settings.get("preset")
     named = f"{preset}: " if preset else ""
-    how = record.settings["compensation"]["how"]
-    table = Table(title=escape(f"{named}{record.estimator} on {record.task}, {how} compensation"))
-    for column in ("sparsity", "", *metrics, "predicted ΔL", "measured ΔL"):
+    how, fitted = record.settings["compensation"]["how"], record.settings["reconstruction"]["how"]
+    and_fitted = "" if fitted == "none" else f", {fitted} reconstruction"
+    table = Table(title=escape(f"{named}{record.estimator} on {record.task}, {how} compensation{and_fitted}"))
+    rebuilt = ["rebuilt ΔL"] if fitted != "none" else []
+    for column in ("sparsity", "", *metrics, "predicted ΔL", "measured ΔL", *rebuilt):
         table.add_column(column, justify="left" if column == "" else "right")
     table.add_row("0 %", "dense", *(_figure(m, record.dense[m]) for m in metrics), "", "")
     for level in record.levels:
@@ -105,8 +108,8 @@ def print_summary(outcome: Outcome) -> None:
         asked = f"{100 * level.sparsity:g} %" if not asked.endswith("%") else f"{asked} (of {100 * level.sparsity:g} %)"
         increase = [
             "–" if finite(value) is None else f"{value:.3g}"
-            for value in (level.predicted_increase, level.measured_increase)
-        ]
+            for value in (level.predicted_increase, level.measured_increase, level.reconstructed_increase)
+        ][: 2 + len(rebuilt)]
         table.add_row(asked, "pruned", *(_figure(m, level.pruned[m]) for m in metrics), *increase)
         if level.finetuned is not None:
             tuned = level.finetuned

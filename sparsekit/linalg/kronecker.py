@@ -88,6 +88,22 @@ class KroneckerDiagonal(LinearOperator):
         outer = None if self.outer is None else self.outer.reciprocal()
         return self._diagonal(self._inverses, self.q.reciprocal(), outer)
 
+    def marginal(self, mode: int) -> Tensor:
+        """H = Σ⁻¹ summed over the diagonal of all modes but one: (g, d, d), its partial trace.
+
+        Raises:
+            ValueError: there is an outer diagonal, which couples the modes.
+        """
+        if self.outer is not None:
+            raise ValueError("an operator with an outer diagonal has no marginal in closed form")
+        columns = [  # what a column of the other factors adds to their trace
+            None if i == mode or U is None else U.square().sum(-2).diag_embed() for i, U in enumerate(self._inverses)
+        ]
+        weighted = kronecker_product(columns, self.q.reciprocal()[None])[0]
+        spectrum = weighted.sum([i + 1 for i in range(len(self.factors)) if i != mode])  # (g, d)
+        V = self._inverses[mode]
+        return spectrum.diag_embed() if V is None else (V * spectrum[:, None]) @ V.mT
+
     def stretches(self) -> Sequence[int]:
         return [self.size // len(self.q)] * len(self.q)
 

@@ -361,3 +361,16 @@ def test_a_residual_within_the_slack_is_accepted():
 def test_a_residual_beyond_the_slack_is_an_error(residual):
     with pytest.raises(CurvatureError, match="1e-06 was asked for"):
         ConjugateGradients(draw(1), 5, residual, False).accepted(1e-6)
+
+
+@pytest.mark.parametrize("orthogonal", [True, False])
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_the_marginal_is_the_partial_trace_of_the_precision(mode, orthogonal):
+    factors = [draw(2, 3, 3), None, draw(2, 4, 4, seed=1)]
+    if orthogonal:
+        factors = [None if U is None else torch.linalg.qr(U).Q for U in factors]
+    operator = KroneckerDiagonal(factors, draw(2, 3, 2, 4, seed=2).abs() + 0.1, orthogonal=orthogonal)
+    H = torch.linalg.inv(operator.dense()).view(2, 3, 2, 4, 2, 3, 2, 4)
+    for group in range(2):
+        expected = torch.einsum(["abcdbc->ad", "abcadc->bd", "abcabd->cd"][mode], H[group, ..., group, :, :, :])
+        assert_close(operator.marginal(mode)[group], expected)

@@ -1,0 +1,391 @@
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from sparsekit import reconstruction
+from sparsekit.errors import DataError, ModelError, SettingsError
+from sparsekit.interfaces import ReconstructionSettings
+from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.reconstruction import OUTPUT_DAMPING, Reconstruction
+
+RIDGE = 0.01
+
+
+class Twice(nn.Module):
+    """A layer that is used twice, with another between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.shared, self.last = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        y = F.relu(self.shared(F.relu(self.first(x))))
+        return self.last(self.shared(y))
+
+
+class Block(nn.Module):
+    """A residual block with batch normalisation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.norm = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+
+    def forward(self, x):
+        return F.relu(x + self.conv2(F.relu(self.norm(self.conv1(x)))))
+
+
+NETWORKS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), (5,)),
+    "without biases": (
+        lambda: nn.Sequential(nn.Linear(5, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False)),
+        (5,),
+    ),
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3, stride=2, padding=1),
+            Block(),
+            nn.Conv2d(4, 4, 3, groups=4),
+            nn.Flatten(),
+            nn.Linear(16, 3),
+        ),
+        (3, 8, 8),
+    ),
+    "one axis": (
+        lambda: nn.Sequential(nn.Conv1d(2, 4, 3, padding=1, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(28, 3)),
+        (2, 7),
+    ),
+    "tied": (Twice, (5,)),
+}
+
+
+def case(name, sparsity=0.5, count=40):
+    make, shape = NETWORKS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dense = make().double().eval()
+        for module in dense.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+        inputs = torch.randn(count, *shape, dtype=torch.float64) + 0.3
+    model, space = deepcopy(dense), ParameterSpace.of(dense)
+    weights = space.read(model)
+    kept = torch.zeros(space.size, dtype=torch.bool)
+    kept[weights.abs().argsort(descending=True, stable=True)[: round((1 - sparsity) * space.size)]] = True
+    Mask(kept).apply(space, model)
+    batches = [(part, torch.zeros(len(part))) for part in inputs.split(16)]
+    return dense, model, space, Mask(kept), batches
+
+
+def settings(**given):
+    return ReconstructionSettings(**({"how": "layerwise", "positions": None, "ridge": RIDGE, "held_out": 0} | given))
+
+
+def fitted(name, weighting=None, sparsity=0.5, **given):
+    dense, model, space, mask, batches = case(name, sparsity)
+    made = Reconstruction(model, dense, space, mask, batches, settings(**given), weighting=weighting)
+    return model, list(made.run())
+
+
+# -- the oracle: hooks, unfolding, and least squares row by row -------------------------------------------------
+def uses(network, inputs, layer):
+    seen = []
+    handle = network.get_submodule(layer).register_forward_hook(lambda m, a, z: seen.append((a[0], z)))
+    with torch.no_grad():
+        network(inputs)
+    handle.remove()
+    return seen
+
+
+def patches(module, a):
+    """(g, rows, in)."""
+    if isinstance(module, nn.Linear):
+        return a.reshape(1, -1, a.shape[-1])
+    if isinstance(module, nn.Conv1d):
+        a, size, stride, padding = a[:, :, None], (1, *module.kernel_size), (1, *module.stride), (0, *module.padding)
+    else:
+        size, stride, padding = module.kernel_size, module.stride, module.padding
+    unfolded = F.unfold(a, size, stride=stride, padding=padding)
+    return unfolded.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def outputs(module, z):
+    if isinstance(module, nn.Linear):
+        return z.reshape(1, -1, z.shape[-1])
+    return z.flatten(2).unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def reference(name, B=None, sparsity=0.5):
+    dense, model, space, mask, batches = case(name, sparsity)
+    inputs = torch.cat([x for x, _ in batches])
+    for info in space.parameters:
+        layer = info.name.removesuffix(".weight")
+        module = model.get_submodule(layer)
+        groups = getattr(module, "groups", 1)
+        X = torch.cat([patches(module, a) for a, _ in uses(model, inputs, layer)], 1)
+        Z = torch.cat([outputs(module, z) for _, z in uses(dense, inputs, layer)], 1)
+        kept = mask.kept[info.slice].view(groups, -1, X.shape[2])
+        W = module.weight.detach().view(groups, -1, X.shape[2])
+        if module.bias is not None:
+            scale = X.square().mean().sqrt()
+            X = torch.cat([X, scale.expand(*X.shape[:2], 1)], 2)
+            W = torch.cat([W, module.bias.detach().view(groups, -1, 1) / scale], 2)
+            kept = torch.cat([kept, torch.ones_like(kept[:, :, :1])], 2)
+        rows = X.shape[1]
+        ridge = RIDGE * X.square().mean()
+        new = torch.zeros_like(W)
+        for g in range(groups):
+            weight = torch.eye(W.shape[1], dtype=W.dtype) if B is None else B[layer][g]
+            # one least-squares problem for all rows: √B (W x − z), and the ridge
+            root = torch.linalg.cholesky(weight).mT
+            free = kept[g].flatten()
+            design = torch.cat(
+                [torch.kron(root, X[g]) / rows**0.5, ridge.sqrt() * torch.eye(free.numel(), dtype=W.dtype)]
+            )[:, free]
+            target = torch.cat([(root @ Z[g].mT).flatten() / rows**0.5, ridge.sqrt() * W[g].flatten()])
+            flat = torch.zeros(free.numel(), dtype=W.dtype)
+            flat[free] = torch.linalg.lstsq(design, target, driver="gelsd").solution
+            new[g] = flat.view_as(W[g])
+        with torch.no_grad():
+            width = X.shape[2] - (module.bias is not None)
+            module.weight.copy_(new[:, :, :width].reshape(module.weight.shape))
+            if module.bias is not None:
+                module.bias.copy_((new[:, :, -1] * scale).flatten())
+    return model
+
+
+def assert_same(model, other, **tolerance):
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert_close(p, q, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_regression_is_constrained_least_squares(name):
+    assert_same(fitted(name)[0], reference(name), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolutions"])
+def test_without_factorising_rows_it_is_the_same(name, monkeypatch):
+    monkeypatch.setattr(reconstruction, "DIRECT", 0)
+    assert_same(fitted(name)[0], reference(name), rtol=1e-2, atol=1e-3)
+
+
+def weighting(name):
+    """Random B, as given and as it is used."""
+    draw, given, used = torch.Generator().manual_seed(3), {}, {}
+    model, space = case(name)[0], case(name)[2]
+    for info in space.parameters:
+        layer = info.name.removesuffix(".weight")
+        groups = getattr(model.get_submodule(layer), "groups", 1)
+        out = info.shape[0] // groups
+        root = torch.randn(groups, out, out + 2, generator=draw, dtype=torch.float64)
+        B = root @ root.mT
+        given[info.name] = B
+        unit = B / B.diagonal(dim1=1, dim2=2).mean()
+        used[layer] = (unit + OUTPUT_DAMPING * torch.eye(out, dtype=torch.float64)) / (1 + OUTPUT_DAMPING)
+    return given, used
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolutions"])
+def test_weighted_outputs_couple_the_rows(name):
+    given, used = weighting(name)
+    assert_same(fitted(name, given)[0], reference(name, used), rtol=1e-2, atol=1e-3)
+
+
+def test_the_identity_as_weighting_is_layerwise():
+    given = {name: torch.eye(n, dtype=torch.float64)[None] for name, n in (("0.weight", 8), ("2.weight", 6))}
+    assert_same(fitted("mlp", given)[0], fitted("mlp")[0], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_dense_network_stays_as_it_is(name):
+    model, fits = fitted(name, sparsity=0.0)
+    assert_same(model, case(name)[0])
+    assert all(fit.error_after < 1e-12 for fit in fits)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_removed_weights_stay_zero(name):
+    model, _ = fitted(name, sparsity=0.7)
+    _, _, space, mask, _ = case(name, 0.7)
+    assert not bool(space.read(model)[mask.removed].any())
+
+
+def test_layers_come_in_the_order_in_which_they_run():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.Linear(4, 3), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.last(F.relu(self.first(x)))
+
+    dense = Backwards().double()
+    space = ParameterSpace.of(dense)
+    batches = [(torch.randn(9, 5, dtype=torch.float64), torch.zeros(9))]
+    made = Reconstruction(deepcopy(dense), dense, space, Mask.full(space.size), batches, settings())
+    assert [fit.name for fit in made.run()] == ["first.weight", "last.weight"]
+
+
+def test_the_error_told_is_that_of_the_outputs():
+    dense, model, space, mask, batches = case("mlp")
+    x = torch.cat([x for x, _ in batches])
+    z = dense[0](x)
+    before = (model[0](x) - z).square().sum() / z.square().sum()
+    first = next(iter(Reconstruction(model, dense, space, mask, batches, settings()).run()))
+    after = (model[0](x) - z).square().sum() / z.square().sum()
+    assert first.error_before == pytest.approx(float(before.detach()))
+    assert first.error_after == pytest.approx(float(after.detach()))
+    assert first.error_after < first.error_before
+
+
+def test_held_out_examples_are_not_fitted():
+    dense, model, space, mask, batches = case("mlp")
+    x, z = batches[-1][0], dense[0](batches[-1][0])
+    made = Reconstruction(model, dense, space, mask, batches, settings(held_out=0.3))
+    first = next(iter(made.run()))
+    error = (model[0](x) - z).square().sum() / z.square().sum()
+    assert first.held_out_after == pytest.approx(float(error.detach()))
+    without = Reconstruction(*case("mlp")[1::-1], *case("mlp")[2:4], batches[:-1], settings())
+    assert first.error_after == next(iter(without.run())).error_after
+
+
+def test_a_layer_without_survivors_and_dead_inputs_are_left_at_zero():
+    dense, model, space, _, batches = case("mlp")
+    kept = torch.ones(space.size, dtype=torch.bool)
+    kept[space["0.weight"].slice] = False
+    mask = Mask(kept)
+    mask.apply(space, model)
+    with torch.no_grad():
+        model[0].bias.zero_()
+    made = Reconstruction(model, dense, space, mask, batches, settings())
+    fits = list(made.run())
+    assert not bool(model[0].weight.any())
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert all(fit.error_after <= fit.error_before + 1e-12 for fit in fits)
+
+
+def test_a_second_sweep_takes_the_ridge_back():
+    once, twice = fitted("mlp")[1], fitted("mlp", sweeps=3)[1]
+    assert len(twice) == 9
+    assert twice[6].error_after < once[0].error_after
+
+
+@pytest.mark.parametrize("name", ["convolutions", "tied"])
+@pytest.mark.parametrize("cache_mebibytes", [0, 1])
+def test_what_is_kept_of_activations_changes_nothing(name, cache_mebibytes):
+    assert_same(fitted(name, cache_mebibytes=cache_mebibytes)[0], fitted(name)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("done", [1, 3])
+def test_interrupted_it_goes_on_where_it_was(done):
+    expected, fits = fitted("convolutions", sweeps=2, positions=4)
+    dense, model, space, mask, batches = case("convolutions")
+    first = Reconstruction(model, dense, space, mask, batches, settings(sweeps=2, positions=4)).run()
+    for _ in range(done):
+        next(first)
+    first.close()
+    rest = Reconstruction(model, dense, space, mask, batches, settings(sweeps=2, positions=4)).run(skip=done)
+    assert len(list(rest)) == len(fits) - done
+    assert_same(model, expected, rtol=0, atol=0)
+
+
+def test_packed_attention_is_fitted():
+    dense = nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0, batch_first=True).double().eval()
+    model, space = deepcopy(dense), ParameterSpace.of(dense)
+    kept = space.read(dense).abs() > 0.15
+    Mask(kept).apply(space, model)
+    batches = [(torch.randn(8, 5, 6, dtype=torch.float64), torch.zeros(8)) for _ in range(4)]
+    made = Reconstruction(model, dense, space, Mask(kept), batches, settings())
+    fits = list(made.run())
+    names = ["self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
+    assert [fit.name for fit in fits] == names
+    assert all(fit.error_after < fit.error_before for fit in fits)
+    assert made.left == {}
+
+
+def test_weights_that_no_map_used_are_listed():
+    dense = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)).double()
+    space = ParameterSpace.of(dense)
+    batches = [(torch.randint(5, (8, 2)), torch.zeros(8))]
+    made = Reconstruction(deepcopy(dense), dense, space, Mask.full(space.size), batches, settings())
+    assert list(made.left) == ["0.weight"]
+    assert [fit.name for fit in made.run()] == ["1.weight"]
+
+
+def test_a_bias_that_two_layers_share_stays_as_it_is():
+    dense = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).double()
+    dense[2].bias = dense[0].bias
+    model, space = deepcopy(dense), ParameterSpace.of(dense)
+    kept = space.read(dense).abs() > 0.2
+    Mask(kept).apply(space, model)
+    batches = [(torch.randn(20, 4, dtype=torch.float64), torch.zeros(20))]
+    fits = list(Reconstruction(model, dense, space, Mask(kept), batches, settings()).run())
+    assert torch.equal(model[0].bias, dense[0].bias)
+    assert all(fit.error_after < fit.error_before for fit in fits)
+
+
+def test_a_removed_bias_stays_removed():
+    dense = nn.Sequential(nn.Linear(4, 3)).double()
+    model, space = deepcopy(dense), ParameterSpace.of(dense, include=["*"])
+    kept = torch.ones(space.size, dtype=torch.bool)
+    kept[-2:] = False
+    Mask(kept).apply(space, model)
+    batches = [(torch.randn(20, 4, dtype=torch.float64) + 1, torch.zeros(20))]
+    list(Reconstruction(model, dense, space, Mask(kept), batches, settings()).run())
+    assert model[0].bias[1:].tolist() == [0, 0]
+    assert model[0].bias[0] != dense[0].bias[0]
+
+
+def test_too_few_equations_without_a_ridge_are_refused():
+    dense, model, space, mask, batches = case("mlp")
+    with pytest.raises(SettingsError, match="'0.weight' without ridge has 5 equations for 6 unknowns"):
+        Reconstruction(model, dense, space, mask, [(batches[0][0][:5], batches[0][1][:5])], settings(ridge=0))
+
+
+def test_without_a_ridge_it_is_plain_least_squares():
+    model, fits = fitted("without biases", ridge=0)
+    dense, _, _, mask, batches = case("without biases")
+    x = torch.cat([x for x, _ in batches])
+    kept = mask.kept[:40].view(8, 5)
+    for row in range(8):
+        solution = torch.linalg.lstsq(x[:, kept[row]], (x @ dense[0].weight[row])[:, None]).solution[:, 0]
+        assert_close(model[0].weight[row][kept[row]], solution.detach())
+
+
+def test_without_examples_it_is_refused():
+    dense, model, space, mask, _ = case("mlp")
+    with pytest.raises(DataError, match="no examples"):
+        Reconstruction(model, dense, space, mask, [], settings())
+
+
+def test_networks_that_run_differently_are_refused():
+    dense, model, space, mask, batches = case("tied")
+    model.forward = lambda x: model.last(model.shared(F.relu(model.first(x))))
+    with pytest.raises(ModelError, match="different orders"):
+        Reconstruction(model, dense, space, mask, batches, settings())
+
+
+def test_an_output_that_is_no_tensor_is_refused():
+    dense, model, space, mask, batches = case("mlp")
+    wrapped = [nn.Sequential() for _ in range(2)]
+    for whole, inner in zip(wrapped, (model, dense), strict=True):
+        whole.inner = inner
+        whole.forward = lambda x, inner=inner: (inner(x), x)
+    space = ParameterSpace.of(wrapped[1])
+    with pytest.raises(ModelError, match="one tensor was needed"):
+        Reconstruction(wrapped[0], wrapped[1], space, mask, batches, settings())
+
+
+def test_modes_and_forwards_are_left_as_they_were():
+    dense, model, space, mask, batches = case("convolutions")
+    model.train()
+    list(Reconstruction(model, dense, space, mask, batches, settings()).run())
+    assert model.training
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
