@@ -110,8 +110,13 @@ class CurvatureEstimator(ABC):
         """Name of a parameter -> how its curvature is modelled, for the record; empty where nothing differs."""
         return {}
 
-    #: Whether scores of different layers are in one unit, the network's loss.
-    across_layers: ClassVar[bool] = True
+    @classmethod
+    def unit(cls, settings: Any) -> Literal["loss", "other", "layer"]:
+        """What scores and predicted increases are in, given the settings.
+
+        The network's loss; something else that compares across layers; or each layer's own, which does not.
+        """
+        return "loss"
 
     #: Integer settings that memory grows with; a refusal names the values that would fit.
     memory_settings: ClassVar[tuple[str, ...]] = ("batch_size",)

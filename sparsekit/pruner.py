@@ -373,7 +373,7 @@ class Pruner:
 
     @property
     def _is_of_the_loss(self) -> bool:
-        return self.estimator.across_layers or self.compensation.how == "exact"
+        return self.estimator.unit(self.estimator.settings) == "loss" or self.compensation.how == "exact"
 
     def _started(self, phase: str, step: Step) -> PhaseStarted:
         self._phase = phase

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.curvature.attention import plain_attention
-from sparsekit.curvature.calls import Call, Piece, WeightCalls
+from sparsekit.curvature.calls import Call, Piece, Seen, WeightCalls
 from sparsekit.curvature.rows import gradient_rows
 from sparsekit.errors import CurvatureError, DataError, ModelError, SettingsError
 from sparsekit.interfaces import ReconstructionSettings
@@ -146,6 +146,7 @@ class Reconstruction:
         seed: int = 0,
     ) -> None:
         self._networks = {"pruned": model, "dense": dense}
+        self._modes = {which: WeightCalls(network, space) for which, network in self._networks.items()}
         self._space, self._mask, self._batches, self._settings = space, mask, batches, settings
         self._weighting, self._seed = dict(weighting or {}), seed
         self._held = min(len(batches) - 1, max(1, round(settings.held_out * len(batches)))) if settings.held_out else 0
@@ -205,10 +206,10 @@ class Reconstruction:
         self._pass(which, next(self._inputs())[0], seen)
         return found
 
-    def _pass(self, which: str, inputs: Tensor, seen: Callable[[Call, Callable[[], Tensor]], Tensor]) -> None:
-        network = self._networks[which]
-        with torch.no_grad(), plain_attention(), WeightCalls(network, self._space, seen):
-            network(inputs)
+    def _pass(self, which: str, inputs: Tensor, seen: Seen) -> None:
+        self._modes[which].seen = seen
+        with torch.no_grad(), plain_attention(), self._modes[which]:
+            self._networks[which](inputs)
 
     def _found(self) -> list[_Layer]:
         with as_found(self._networks["pruned"]), as_found(self._networks["dense"]):
@@ -372,11 +373,10 @@ class Reconstruction:
         B = self._weighting.get(layer.name)
         if B is None:
             return None
-        B = B.to(W)
-        if not _whole(layer.piece, self._space):
-            B = B[:, layer.piece.start : layer.piece.stop, layer.piece.start : layer.piece.stop]
-        if B.shape != (layer.groups, W.shape[1], W.shape[1]):
-            raise ValueError(f"the output weighting of '{layer.name}' has shape {tuple(B.shape)}")
+        # Given in groups of its own, such as a packed projection's three, of which the layer may see one.
+        start, stop = layer.piece.start, layer.piece.stop
+        whole, outputs = torch.block_diag(*B.to(W))[start:stop, start:stop], W.shape[1]
+        B = torch.stack([whole[i : i + outputs, i : i + outputs] for i in range(0, stop - start, outputs)])
         unit = B.diagonal(dim1=1, dim2=2).mean()
         if not float(unit) > 0:
             return None

@@ -129,13 +129,14 @@ def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
             raise SettingsError(f"{kind} needs a name; known: {', '.join(registry.names(kind))}")
         classes[kind] = registry.get(kind, name)
         options[kind] = validated(classes[kind].Settings, given, kind)
-    if classes["pattern"].across_layers and not classes["estimator"].across_layers:
+    unit = classes["estimator"].unit(options["estimator"])
+    if classes["pattern"].across_layers and unit == "layer":
         raise SettingsError(
             f"the scores of the estimator '{classes['estimator'].name}' compare within a layer only, and the pattern "
             f"'{classes['pattern'].name}' compares layers; use --pattern uniform or n:m"
         )
     how = settings.compensation
-    if how.how == "exact" and how.damping is None and not classes["estimator"].across_layers:
+    if how.how == "exact" and how.damping is None and unit != "loss":
         raise SettingsError(
             f"the damping of the estimator '{classes['estimator'].name}' is not in units of the Fisher; give exact "
             "compensation its own: compensation.damping"

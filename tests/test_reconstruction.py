@@ -309,6 +309,23 @@ def test_packed_attention_is_fitted():
     assert made.left == {}
 
 
+def test_a_weighting_in_three_parts_holds_for_a_packed_projection():
+    dense = nn.MultiheadAttention(4, 2, batch_first=True).double().eval()
+    dense.forward = lambda x, plain=dense.forward: plain(x, x, x)[0]
+    model, space = deepcopy(dense), ParameterSpace.of(dense)
+    model.forward = lambda x, plain=nn.MultiheadAttention.forward: plain(model, x, x, x)[0]
+    kept = space.read(dense).abs() > 0.3
+    Mask(kept).apply(space, model)
+    batches = [(torch.randn(8, 5, 4, dtype=torch.float64), torch.zeros(8)) for _ in range(4)]
+    parts = torch.diag_embed(torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [4, 4, 4, 4]], dtype=torch.float64))
+    other = deepcopy(model)
+    other.forward = lambda x, plain=nn.MultiheadAttention.forward: plain(other, x, x, x)[0]
+    for network, B in ((model, parts), (other, torch.block_diag(*parts)[None])):
+        made = Reconstruction(network, dense, space, Mask(kept), batches, settings(), weighting={"in_proj_weight": B})
+        assert all(fit.error_after < fit.error_before for fit in made.run())
+    assert_close(model.in_proj_weight, other.in_proj_weight)
+
+
 def test_weights_that_no_map_used_are_listed():
     dense = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)).double()
     space = ParameterSpace.of(dense)

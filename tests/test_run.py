@@ -55,7 +55,15 @@ def interrupt_after(step):
     [
         {},
         {"estimator": {"name": "obs", "examples": 128}, "finetune": {"epochs": 0}, "schedule": "one-shot"},
-        {"estimator": {"name": "fishleg", "examples": 128, "after_cut": "learn", "refresh": "auxiliary"}},
+        {
+            "estimator": {
+                "name": "fishleg",
+                "examples": 128,
+                "after_cut": "learn",
+                "refresh": "auxiliary",
+                "auxiliary_steps": 4,
+            }
+        },
     ],
     ids=["gradual", "independent levels", "learned"],
 )
@@ -99,7 +107,7 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path):
         },
         {
             "reconstruction": {"how": "layerwise", "examples": 192, "when": "level"},
-            "estimator": {"name": "fishleg", "examples": 128, "after_cut": "learn"},
+            "estimator": {"name": "fishleg", "examples": 128, "after_cut": "learn", "auxiliary_steps": 4},
         },
     ],
     ids=["gradual, the estimator's weighting", "independent levels, measured weighting", "layerwise, learned"],

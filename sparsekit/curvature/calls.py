@@ -88,7 +88,7 @@ class Call:
         count = prod(self.extent)
         if most is None or most >= count:
             return None
-        return torch.rand(len(self.input), count, generator=generator).argsort(1)[:, :most].to(here)
+        return torch.rand(len(self.input), count, generator=generator).topk(most, dim=1).indices.to(here)
 
     def inputs(self, positions: Tensor | None = None) -> Tensor:
         """What the weight is multiplied with, (g, rows, in/g · kernel); rows are examples times positions."""
@@ -128,6 +128,10 @@ class Call:
         return Z.mT.reshape(-1, self.groups, Z.shape[1] // self.groups).transpose(0, 1)
 
 
+#: What stands in for a call: it is given the call and what computes it.
+Seen = Callable[[Call, Callable[[], Tensor]], Tensor]
+
+
 class WeightCalls(TorchFunctionMode):
     """While it is entered, `seen(call, compute)` stands in for every call with a weight of the space.
 
@@ -135,17 +139,20 @@ class WeightCalls(TorchFunctionMode):
     of their module, or by the piece, as attention does with packed projections. Weights that go through other
     functions, or are transformed before they are used, are not seen.
 
+    Attributes:
+        seen: returns the call's output; `compute()` is that.
+
     Args:
         model: whose biases are told by name.
         space: the weights.
-        seen: returns the call's output; `compute()` is that.
+        seen: see above.
     """
 
-    def __init__(self, model: nn.Module, space: ParameterSpace, seen: Callable[[Call, Callable[[], Tensor]], Tensor]):
+    def __init__(self, model: nn.Module, space: ParameterSpace, seen: Seen = lambda call, compute: compute()) -> None:
         super().__init__()
         self._weights = {id(p): (name, p) for name, p in space.tensors(model).items()}
         self._biases = {id(p): (name, p) for name, p in model.named_parameters() if p.dim() == 1}
-        self._seen = seen
+        self.seen = seen
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -158,7 +165,7 @@ class WeightCalls(TorchFunctionMode):
         if func not in _AXES:
             return func(*args, **given)
         call = self._call(func, *args, **given)
-        return func(*args, **given) if call is None else self._seen(call, lambda: func(*args, **given))
+        return func(*args, **given) if call is None else self.seen(call, lambda: func(*args, **given))
 
     def _call(
         self,

@@ -11,6 +11,7 @@ from sparsekit.linalg.structured import (
     DirectSum,
     Principal,
     RepeatedBlock,
+    Rescaled,
 )
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "MatrixFree",
     "Principal",
     "RepeatedBlock",
+    "Rescaled",
     "conjugate_gradients",
     "kronecker_product",
 ]

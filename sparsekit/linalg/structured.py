@@ -240,6 +240,60 @@ class RepeatedBlock(LinearOperator):
         return ConstrainedMinimum(torch.cat(parts))
 
 
+class Rescaled(LinearOperator):
+    """Σ = S Σ₀ S with S = diag(s), s (n,) > 0: another operator in other units, exact where that one is."""
+
+    def __init__(self, base: LinearOperator, s: Tensor) -> None:
+        super().__init__(base.size, base.dtype, base.device)
+        self.base, self.s = base, s
+        self.has_direct_solve = base.has_direct_solve
+
+    def _matmul(self, X: Tensor) -> Tensor:
+        return self.s[:, None] * (self.base @ (self.s[:, None] * X))
+
+    def _solve(self, B: Tensor) -> Tensor:
+        return self.base.solve(B / self.s[:, None]) / self.s[:, None]
+
+    def diagonal(self) -> Tensor:
+        return self.s.square() * self.base.diagonal()
+
+    def inverse_diagonal(self) -> Tensor:
+        return self.base.inverse_diagonal() / self.s.square()
+
+    def conditioned(self, kept: Tensor) -> Rescaled:
+        """As the base's."""
+        return Rescaled(self.base.conditioned(kept), self.s)
+
+    def stretches(self) -> Sequence[int]:
+        return self.base.stretches()
+
+    def blocks(self, index: Tensor) -> Tensor:
+        s = self.s[index.clamp_min(0)]
+        return padded(self.base.blocks(index) * s[:, :, None] * s[:, None, :], index)
+
+    def minimise(
+        self,
+        fixed: Tensor,
+        values: Tensor,
+        linear: Tensor | None = None,
+        *,
+        start: Tensor | None = None,
+        tolerance: float = 1e-4,
+        max_iterations: int = 1000,
+    ) -> ConstrainedMinimum:
+        """The base's, for x/s."""
+        found = self.base.minimise(
+            fixed,
+            values.to(self.dtype) / self.s,
+            None if linear is None else linear.to(self.dtype) * self.s,
+            start=None if start is None else start / self.s,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+        )
+        solution = torch.where(fixed, values.to(self.dtype), self.s * found.solution)
+        return ConstrainedMinimum(solution, found.iterations, found.residual)
+
+
 class DirectSum(LinearOperator):
     """Operators on consecutive stretches of Rⁿ, independent of one another: one a layer."""
 

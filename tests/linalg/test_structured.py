@@ -11,6 +11,7 @@ from sparsekit.linalg import (
     KroneckerDiagonal,
     Principal,
     RepeatedBlock,
+    Rescaled,
 )
 from sparsekit.linalg.iterative import ConjugateGradients
 
@@ -63,6 +64,7 @@ CASES = {
     "kronecker, outer diagonal": lambda: tensor(outer=True),
     "kronecker, first mode the identity": lambda: tensor((False, True, True)),
     "kronecker, other modes the identity": lambda: tensor((True, False, False), outer=True),
+    "rescaled": lambda: Rescaled(kronecker(), draw(12, seed=5).abs() + 0.5),
     "kronecker, one mode": lambda: KroneckerDiagonal([draw(2, 3, 3)], draw(2, 3).abs() + 0.1, orthogonal=False),
     "kronecker, three modes": lambda: KroneckerDiagonal(
         [draw(1, d, d, seed=d) for d in (2, 3, 4)], draw(1, 2, 3, 4).abs() + 0.1, orthogonal=False

@@ -4,6 +4,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 from torch.testing import assert_close
 
@@ -136,7 +137,7 @@ def test_the_same_examples_again_change_nothing_but_by_the_projection():
 
 def test_the_inverse_of_the_survivors_is_learned_when_asked_for():
     objective = problem()
-    made, _ = estimator(objective, after_cut="learn")
+    made, _ = estimator(objective, after_cut="learn", auxiliary_steps=2)
     kept = torch.arange(48) % 2 == 0
     made.shrink(Mask(kept))
     made.update(objective, generator=torch.Generator().manual_seed(1))
@@ -219,10 +220,15 @@ def test_the_judge_is_the_layer_block_fisher_whatever_the_steps_learn_from():
     assert network["residual_before"] == layer["residual_before"]
 
 
-def test_the_default_number_of_steps_suffices_to_tell_that_a_fit_diverges():
-    steps = {name: FishLegSettings.model_fields[name].default for name in ("auxiliary_steps", "check_every")}
+def test_twenty_steps_suffice_to_tell_that_a_fit_diverges():
     with pytest.raises(CurvatureError, match="lower estimator.auxiliary_learning_rate or raise estimator.damping"):
-        estimator(problem(), auxiliary_learning_rate=1e4, **steps)
+        estimator(problem(), auxiliary_learning_rate=1e4, auxiliary_steps=20)
+
+
+@pytest.mark.parametrize("setting", [{"refresh": "auxiliary"}, {"after_cut": "learn"}])
+def test_what_learns_by_steps_needs_some(setting):
+    with pytest.raises(ValidationError, match="learns by auxiliary steps; set auxiliary_steps"):
+        FishLegSettings(**setting)
 
 
 @pytest.mark.parametrize("products", ["layer", "network"])
@@ -342,9 +348,8 @@ PLENTY = Memory(2**40, 2**40)
 def test_a_calibration_set_that_is_held_out_whole_is_refused_before_any_gradient(settings, needed):
     objective = problem()
     with pytest.raises(SettingsError, match=f"{needed} are needed: .*set estimator.auxiliary_steps=0"):
-        FishLeg.check(objective.model, objective.space, FishLegSettings(**settings), PLENTY)
-    without = FishLegSettings(**settings, auxiliary_steps=0)
-    FishLeg.check(objective.model, objective.space, without, PLENTY)
+        FishLeg.check(objective.model, objective.space, FishLegSettings(**settings, auxiliary_steps=20), PLENTY)
+    FishLeg.check(objective.model, objective.space, FishLegSettings(**settings), PLENTY)
 
 
 def test_the_number_of_examples_that_is_asked_for_is_enough():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparsekit.testing import PROBLEMS, block_mask, damped, dense_fisher, estimator_checks
+from sparsekit.testing import PROBLEMS, block_mask, damped, dense_fisher, dense_rows, estimator_checks
 from sparsekit.testing.problems import EXAMPLES
 from sparsekit_obs.estimator import OptimalBrainSurgeon
 from sparsekit_obs.layerwise import LayerwiseSurgeon
@@ -59,7 +59,9 @@ def layers(objective, settings):
             objective.model(inputs)
     for hook in hooks:
         hook.remove()
-    H = torch.zeros(space.size, space.size, dtype=torch.float64)
+    H, raw = torch.zeros(space.size, space.size, dtype=torch.float64), {}
+    gradients = space.unflatten_rows(dense_rows(objective, "exact")) if settings.allocation == "fisher" else {}
+    weights = space.unflatten(space.read(objective.model))
     for info in space.parameters:
         for module, x in uses[info.name]:
             J = torch.func.jacrev(
@@ -68,14 +70,33 @@ def layers(objective, settings):
             J = J.reshape(-1, info.size)
             H[info.slice, info.slice] += 2 * J.mT @ J / objective.count()
         diagonal = H.diagonal()[info.slice]
+        raw[info.name] = H[info.slice, info.slice].clone()
         gamma = settings.damping * (float(diagonal.mean()) if settings.damping_scale == "relative" else 1.0)
         diagonal += torch.where(diagonal == 0, LayerwiseSurgeon.DEAD * gamma, gamma)
+        width = info.size // info.shape[0]
+        rows = [slice(row * width, (row + 1) * width) for row in range(info.shape[0])]
+        here = H[info.slice, info.slice]
+        factors = torch.ones(len(rows), dtype=torch.float64)
+        if settings.allocation == "error":
+            w = weights[info.name].flatten()
+            factors /= 0.5 * w @ raw[info.name] @ w
+        elif settings.allocation == "fisher":
+            lengths = gradients[info.name].flatten(2).square().sum((0, 2)) / objective.count()
+            factors = lengths / torch.stack([raw[info.name].diagonal()[row].sum() for row in rows])
+            factors = factors.clamp_min(LayerwiseSurgeon.LEAST * factors.max())
+        for row, factor in zip(rows, factors, strict=True):
+            here[row, row] *= factor
     return H
 
 
 # Problems `linear` and `convolution` prune biases and normalisation, which this method refuses.
 WEIGHTS_ALONE = [name for name in PROBLEMS if name not in ("linear", "convolution")]
-LAYERWISE = {"relative": {}, "absolute": {"damping": 0.1, "damping_scale": "absolute"}}
+LAYERWISE = {
+    "relative": {},
+    "absolute": {"damping": 0.1, "damping_scale": "absolute"},
+    "by error": {"allocation": "error"},
+    "by Fisher": {"allocation": "fisher", "fisher": "exact"},
+}
 WAIVED = {"large_damping": "a relative γ is of each layer's own diagonal: γΣ tends to I in each layer, not with one γ"}
 LAYERWISE_CHECKS = [
     pytest.param(run, id=f"{label}-{name}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sparsekit import (
@@ -57,7 +57,7 @@ class FishLegSettings(EstimatorSettings):
         "condition",
         description="condition the full inverse on removed weights at removal, or learn that of the survivors",
     )
-    auxiliary_steps: int = Field(20, ge=0, description="at most so many for each update, not counting undone ones")
+    auxiliary_steps: int = Field(0, ge=0, description="at most so many for each update, not counting undone ones")
     auxiliary_learning_rate: float = Field(1e-3, gt=0, description="Adam's, on log q and on relative factors")
     probes: int = Field(8, ge=1, description="Gaussian u for each auxiliary step")
     check_every: int = Field(5, ge=1, description="auxiliary steps between looks at the held-out residual")
@@ -71,6 +71,13 @@ class FishLegSettings(EstimatorSettings):
     )
     max_factor: int = Field(8192, ge=1, description="longer sides of a tensor are taken coordinate by coordinate")
     dense_below: int = Field(0, ge=0, description="tensors of at most so many weights get one dense block")
+
+    @model_validator(mode="after")
+    def _steps_where_they_are_needed(self) -> Self:
+        for name, value in (("refresh", "auxiliary"), ("after_cut", "learn")):
+            if getattr(self, name) == value and not self.auxiliary_steps:
+                raise ValueError(f"{name}={value} learns by auxiliary steps; set auxiliary_steps, 20 for example")
+        return self
 
 
 class FishLeg(CurvatureEstimator):

@@ -18,8 +18,8 @@ from sparsekit import (
     Objective,
     ParameterSpace,
 )
-from sparsekit.curvature import input_moments, inputs, layer_groups
-from sparsekit.linalg import DirectSum, RepeatedBlock
+from sparsekit.curvature import input_moments, inputs, layer_groups, per_example_gradients
+from sparsekit.linalg import DirectSum, LinearOperator, RepeatedBlock, Rescaled
 
 
 class LayerwiseSettings(EstimatorSettings):
@@ -29,43 +29,82 @@ class LayerwiseSettings(EstimatorSettings):
     damping_scale: Literal["absolute", "relative"] = Field(
         "relative", description="relative: γ is `damping` times the mean of each layer's own diagonal"
     )
+    allocation: Literal["layer", "error", "fisher"] = Field(
+        "layer",
+        description="units of the scores. layer: each layer's own squared error, for patterns that compare within "
+        "layers; error: the share of its squared output; fisher: the loss, by the Fisher information of each output",
+    )
     slice_mebibytes: int = Field(256, ge=1, description="memory for rows whose systems are solved at a time")
 
 
 class LayerwiseSurgeon(CurvatureEstimator):
     """H = 2 E XXᵀ for the loss ‖WX − ŴX‖² of each layer's outputs: rows of W do not couple and share H.
 
-    No labels and no gradients are used. Scores compare within a layer only, so the pattern must not compare
-    layers. Greedy elimination row by row, its costs sorted within the layer, is the saliency `obs-greedy` with a
-    `block_size` of at least the inputs of a row. Inputs that are always zero are decoupled and go first.
+    No labels and no gradients are used, and scores compare within a layer only, so that the pattern must not compare
+    layers; unless an allocation gives every row r of a layer a factor b_r. 'error': b = 1 / E ‖WX‖², a cut's share of
+    the layer's output. 'fisher': b_r = E ‖g_r‖² / tr H with g the gradient rows of the Fisher, so that b_r H has the
+    trace of the Fisher's block of that row.
+
+    Greedy elimination row by row, its costs sorted within the layer, is the saliency `obs-greedy` with a `block_size`
+    of at least the inputs of a row. Inputs that are always zero are decoupled and go first.
 
     Reference: Dong, Chen and Pan, 2017 (L-OBS); Frantar and Alistarh, 2022 (ExactOBS).
     """
 
     name: ClassVar[str] = "obs-layerwise"
     Settings: ClassVar[type[EstimatorSettings]] = LayerwiseSettings
-    across_layers: ClassVar[bool] = False
     memory_settings: ClassVar[tuple[str, ...]] = ("slice_mebibytes",)
 
     #: Of γ, for inputs that are always zero: small beside any live one, and safe to divide by.
     DEAD = 1e-6
 
+    #: Of the largest factor b, for outputs without any Fisher information, which cost nothing to lose.
+    LEAST = 1e-6
+
     def __init__(self, space: ParameterSpace, settings: LayerwiseSettings) -> None:
         super().__init__(space, settings)
         self._moments: dict[str, Tensor] = {}
+        self._factors: dict[str, Tensor] = {}  # b, (out,), by name; empty without an allocation
+
+    @classmethod
+    def unit(cls, settings: Any) -> Literal["loss", "other", "layer"]:
+        """Comparable between layers with an allocation; never the loss, for γ is of each layer's own H."""
+        return "layer" if settings.allocation == "layer" else "other"
 
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
         """Take the inputs of every layer afresh, at the present weights."""
         self._moments = {}  # freed before as much again is allocated
         self._moments = {name: moment.mul_(2) for name, moment in input_moments(objective).items()}
+        self._factors = self._allocated(objective, generator)
         dead = sum(int((moment.diagonal(dim1=1, dim2=2) == 0).sum()) for moment in self._moments.values())
         return {"dead_inputs": float(dead)}
 
+    def _allocated(self, objective: Objective, generator: torch.Generator) -> dict[str, Tensor]:
+        """See the class."""
+        traces = {name: moment.diagonal(dim1=1, dim2=2).sum(1) for name, moment in self._moments.items()}  # (g,)
+        found = {}
+        if self.settings.allocation == "error":
+            for name, w in self.space.unflatten(self.space.read(objective.model)).items():
+                moment = self._moments[name]
+                W = w.double().view(len(moment), -1, moment.shape[1])
+                energy = (W @ moment * W).sum() / 2
+                found[name] = torch.full((w.shape[0],), 1 / max(float(energy), 1e-300)).to(moment)
+        if self.settings.allocation == "fisher":
+            lengths = {name: torch.zeros(self.space[name].shape[0]).to(traces[name]) for name in traces}
+            for rows in per_example_gradients(objective, self.settings.fisher, generator=generator):
+                for name in lengths:
+                    lengths[name] += rows[name].flatten(2).square().sum((0, 2))
+            for name, total in lengths.items():
+                b = total.view(len(traces[name]), -1) / objective.count() / traces[name].clamp_min(1e-300)[:, None]
+                found[name] = b.clamp_min(self.LEAST * float(b.max()) or 1.0).flatten()
+        return found
+
     def inverse(self, damping: float | None = None) -> InverseFisher:
-        """Σ, a block for each row; `damping` is absolute."""
+        """Σ, a block for each row; `damping` is absolute, and that of H before any factor b."""
         if not self._moments:
             raise CurvatureError("the estimator has seen no examples; call update first")
-        parts, used = [], 0.0
+        parts: list[LinearOperator] = []
+        used = 0.0
         for info in self.space.parameters:
             moment = self._moments[info.name]
             diagonal = moment.diagonal(dim1=1, dim2=2)
@@ -73,17 +112,22 @@ class LayerwiseSurgeon(CurvatureEstimator):
             added = torch.where(diagonal == 0, self.DEAD * gamma, gamma)
             repeats = info.size // (len(moment) * moment.shape[1])
             slice_bytes = self.settings.slice_mebibytes << 20
-            parts.append(RepeatedBlock(moment + torch.diag_embed(added), repeats, slice_bytes=slice_bytes))
+            part: LinearOperator = RepeatedBlock(moment + torch.diag_embed(added), repeats, slice_bytes=slice_bytes)
+            b = self._factors.get(info.name)
+            if b is not None:
+                part = Rescaled(part, b.rsqrt().repeat_interleave(moment.shape[1]))
+            parts.append(part)
             used += gamma * info.size / self.space.size
         return InverseFisher(DirectSum(parts), used)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The layers' Hessians, once there are any."""
-        return dict(self._moments)
+        """The layers' Hessians, and the factors of their rows, once there are any."""
+        return self._moments | {f"factor.{name}": b for name, b in self._factors.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
-        self._moments = dict(state)
+        self._factors = {k.removeprefix("factor."): b for k, b in state.items() if k.startswith("factor.")}
+        self._moments = {name: moment for name, moment in state.items() if not name.startswith("factor.")}
 
     @classmethod
     def memory(cls, space: ParameterSpace, settings: Any) -> int:
@@ -99,7 +143,8 @@ class LayerwiseSurgeon(CurvatureEstimator):
             matrices += 3 * count * one
             fitting = max(1, (settings.slice_mebibytes << 20) // (4 * one))
             largest = max(largest, 2 * count * one, 4 * min(fitting, rows) * one)
-        return matrices + largest + 3 * inputs.PATCH_BYTES + 4 * 8 * space.size
+        rows = 4 * 3 * settings.batch_size * space.size if settings.allocation == "fisher" else 0
+        return matrices + max(largest, rows) + 3 * inputs.PATCH_BYTES + 4 * 8 * space.size
 
     @classmethod
     def check(cls, model: nn.Module, space: ParameterSpace, settings: Any, available: Memory) -> None:
