@@ -4,6 +4,8 @@
     python benchmarks/tables.py resnet20 --output results --data-dir CIFAR10 --checkpoint resnet20.th
     python benchmarks/tables.py autoencoder --output results --data-dir MNIST
     python benchmarks/tables.py transformer --output results
+    python benchmarks/tables.py autoencoder … --gradual
+    python benchmarks/tables.py digits … --reconstruct layerwise
 
 Each run has a process of its own, so that peak memory is its own. Interrupted, it goes on where it stopped: a finished
 run is not done again.
@@ -128,6 +130,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split", default="reporting", choices=["tuning", "reporting"])
     parser.add_argument("--only", help="rows whose name contains this")
+    parser.add_argument("--reconstruct", default="none", choices=["none", "layerwise", "fisher"])
+    parser.add_argument("--gradual", action="store_true", help="cubic, four cuts with an epoch after each, to 90 %%")
     options = parser.parse_args()
     seeds = range(options.seeds)
     base: dict[str, Any] = {"output": options.output, "tracking": {"enabled": False}, "split": options.split}
@@ -144,7 +148,11 @@ def main() -> None:
     else:
         levels, rows = [0.5, 0.6, 0.7, 0.8, 0.9], RESNET20
         base |= {"task": {"name": "cifar10", "data_dir": options.data_dir, "checkpoint": options.checkpoint}}
-    base["sparsity"] = levels
+    if options.gradual:
+        levels = [0.9]
+        base |= {"schedule": "cubic", "steps": 4, "levels": "sequential", "finetune": {"epochs": 1}}
+        rows = [(name, {k: v for k, v in settings.items() if k != "schedule"}) for name, settings in rows]
+    base |= {"sparsity": levels, "reconstruction": options.reconstruct}
     if options.only:
         rows = [row for row in rows if options.only in row[0]]
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, {options.split} half")
@@ -152,7 +160,7 @@ def main() -> None:
     dense = spread([run.dense[metric] for run in found[0][1]], 100.0 if metric == "accuracy" else 1.0)
     print(f"dense {metric}: {dense}")
     table(found, levels, "pruned", metric)
-    if options.what == "digits":
+    if options.what == "digits" or options.gradual:
         table(found, levels, "finetuned", metric)
 
 

@@ -16,6 +16,9 @@ Factors = Sequence[Tensor | None]
 #: Numbers in one temporary of `KroneckerDiagonal.blocks`.
 _SLICE = 1 << 26
 
+#: Rows of a matrix that may meet in a principal block which is taken row by row; the work grows with their square.
+MOST_ROWS = 8
+
 
 def kronecker_product(factors: Factors, X: Tensor, *, transposed: bool = False) -> Tensor:
     """(U_1 ⊗ … ⊗ U_m) X, group by group, without forming it; differentiable.
@@ -108,11 +111,49 @@ class KroneckerDiagonal(LinearOperator):
         return [self.size // len(self.q)] * len(self.q)
 
     def blocks(self, index: Tensor) -> Tensor:
-        """Principal blocks: for each pair of coordinates one contraction of the group's q with rows of the factors."""
+        """Principal blocks: by rows where there are two modes and few rows meet in a block, else pair by pair."""
+        clean = index.clamp_min(0)
+        by_rows = len(self.factors) == 2 and None not in self.factors
+        ranks = _ranks(clean // self.q.shape[-1]) if by_rows else clean
+        found = self._by_rows(clean, ranks) if by_rows and int(ranks.max()) < MOST_ROWS else self._by_pairs(clean)
+        if self.outer is not None:
+            scale = self.outer.reshape(-1)[clean]
+            found = found * scale[:, :, None] * scale[:, None, :]
+        return padded(found, index)
+
+    def _by_rows(self, index: Tensor, ranks: Tensor) -> Tensor:
+        """Blocks of matrices: between row r and row s, V[c] diag((U[r] ∘ U[s]) q) V[d]ᵀ for columns c and d.
+
+        Args:
+            index: (m, B).
+            ranks: (m, B), numbers from 0 for the rows that meet in each block.
+        """
+        groups, rows, columns = self.q.shape
+        U, V = self.factors
+        assert U is not None and V is not None
+        out = torch.zeros(*index.shape, index.shape[1], dtype=self.dtype, device=self.device)
+        longest = max(1, _SLICE // (index.shape[1] * columns))
+        for some in torch.arange(len(index), device=self.device).split(longest):
+            row, rank = index[some] // columns, ranks[some]
+            right = V[row // rows, index[some] % columns]  # (m, B, columns)
+            members = [rank == r for r in range(int(rank.max()) + 1)]
+            firsts = [row.gather(1, member.int().argmax(1, keepdim=True))[:, 0] for member in members]
+            for a, here in enumerate(members):
+                for b, there in enumerate(members[: a + 1]):
+                    left = U[firsts[a] // rows, firsts[a] % rows] * U[firsts[b] // rows, firsts[b] % rows]
+                    weights = left.new_zeros(len(some), columns)
+                    for g in range(groups):
+                        mine = (firsts[a] // rows == g) & (firsts[b] // rows == g)
+                        weights[mine] = left[mine] @ self.q[g]
+                    part = (right * here[:, :, None] * weights[:, None]) @ (right * there[:, :, None]).mT
+                    out[some] += part if a == b else part + part.mT
+        return out
+
+    def _by_pairs(self, index: Tensor) -> Tensor:
+        """For each pair of coordinates one contraction of the group's q with rows of the factors."""
         groups, *modes = self.q.shape
         within = prod(modes)
-        clean = index.clamp_min(0)
-        group, place = clean // within, torch.stack(torch.unravel_index(clean % within, modes), -1)
+        group, place = index // within, torch.stack(torch.unravel_index(index % within, modes), -1)
         out = torch.zeros(*index.shape, index.shape[1], dtype=self.dtype, device=self.device)
         for a in range(index.shape[1]):
             for b in range(a + 1):
@@ -120,10 +161,7 @@ class KroneckerDiagonal(LinearOperator):
                     pairs = ((group[:, a] == g) & (group[:, b] == g)).nonzero()[:, 0]
                     for some in pairs.split(max(1, _SLICE * modes[0] // within)):
                         out[some, a, b] = out[some, b, a] = self._between(g, place[some, a], place[some, b])
-        if self.outer is not None:
-            scale = self.outer.reshape(-1)[clean]
-            out = out * scale[:, :, None] * scale[:, None, :]
-        return padded(out, index)
+        return out
 
     def _between(self, group: int, left: Tensor, right: Tensor) -> Tensor:
         """Σ_j q_j Π_i U_i[l_i, j_i] U_i[r_i, j_i] within a group, for p pairs of places l, r (p, m): (p,)."""
@@ -138,6 +176,13 @@ class KroneckerDiagonal(LinearOperator):
             rows = U[group, here] * U[group, there]
             T = torch.tensordot(rows, q, 1) if i == 0 else torch.einsum("pi,pi...->p...", rows, T)
         return T
+
+
+def _ranks(rows: Tensor) -> Tensor:
+    """(m, B) numbers -> the rank of each among the different ones beside it, from 0."""
+    ordered, order = rows.sort(1)
+    steps = torch.cat([torch.zeros_like(ordered[:, :1]), (ordered.diff(dim=1) > 0).to(ordered.dtype)], dim=1)
+    return torch.empty_like(rows).scatter_(1, order, steps.cumsum(1))
 
 
 def _dual(U: Tensor) -> Tensor:

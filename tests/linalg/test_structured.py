@@ -64,7 +64,7 @@ CASES = {
     "kronecker, outer diagonal": lambda: tensor(outer=True),
     "kronecker, first mode the identity": lambda: tensor((False, True, True)),
     "kronecker, other modes the identity": lambda: tensor((True, False, False), outer=True),
-    "rescaled": lambda: Rescaled(kronecker(), draw(12, seed=5).abs() + 0.5),
+    "rescaled": lambda: Rescaled(blocks(), draw(10, seed=5).abs() + 0.5),
     "kronecker, one mode": lambda: KroneckerDiagonal([draw(2, 3, 3)], draw(2, 3).abs() + 0.1, orthogonal=False),
     "kronecker, three modes": lambda: KroneckerDiagonal(
         [draw(1, d, d, seed=d) for d in (2, 3, 4)], draw(1, 2, 3, 4).abs() + 0.1, orthogonal=False
@@ -376,3 +376,20 @@ def test_the_marginal_is_the_partial_trace_of_the_precision(mode, orthogonal):
     for group in range(2):
         expected = torch.einsum(["abcdbc->ad", "abcadc->bd", "abcabd->cd"][mode], H[group, ..., group, :, :, :])
         assert_close(operator.marginal(mode)[group], expected)
+
+
+@pytest.mark.parametrize("most_rows", [0, 8])
+@pytest.mark.parametrize("outer", [False, True])
+def test_blocks_of_matrices_by_rows_and_by_pairs(outer, most_rows, monkeypatch):
+    monkeypatch.setattr("sparsekit.linalg.kronecker.MOST_ROWS", most_rows)
+    scale = draw(2, 4, 5, seed=3).abs() + 0.5 if outer else None
+    q = draw(2, 4, 5, seed=2).abs() + 0.1
+    operator = KroneckerDiagonal([draw(2, 4, 4), draw(2, 5, 5, seed=1)], q, outer=scale, orthogonal=False)
+    index = torch.randperm(40, generator=torch.Generator().manual_seed(0)).view(5, 8)
+    consecutive = torch.arange(40).view(5, 8)
+    short = torch.tensor([[3, 19, 20, 39, 0, 4, -1, -1]])
+    for asked in (index, consecutive, short):
+        truth = operator.dense()[asked[:, :, None], asked[:, None, :]]
+        surplus = asked < 0
+        truth = torch.where(surplus[:, :, None] | surplus[:, None, :], torch.eye(8, dtype=truth.dtype), truth)
+        assert_close(operator.blocks(asked), truth)
