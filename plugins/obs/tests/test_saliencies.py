@@ -203,3 +203,24 @@ def test_a_group_whose_block_is_not_positive_definite_has_no_cost(case):
     sigma = torch.tensor([INDEFINITE[case]], dtype=torch.float64)
     with pytest.raises(CurvatureError, match="1 of 1 blocks .* not positive definite.*raise the damping"):
         cheapest(sigma, torch.tensor([[1.0, 3.0]], dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool), 2)
+
+
+def test_in_long_blocks_what_is_taken_is_put_aside_without_changing_anything():
+    draw = torch.Generator().manual_seed(0)
+    root = torch.randn(2, 150, 200, generator=draw, dtype=torch.float64)
+    H = root @ root.mT / 200 + 0.1 * torch.eye(150, dtype=torch.float64)
+    weights, kept = torch.randn(2, 150, generator=draw, dtype=torch.float64), torch.ones(2, 150, dtype=torch.bool)
+    kept[1, ::3] = False
+    weights *= kept
+    costs = eliminate(torch.linalg.inv(H), weights, kept)
+    for b in range(2):
+        left = kept[b].clone()
+        for _ in range(60):  # by the definition: the cheapest of those left, with the others moved
+            sigma = torch.linalg.inv(H[b][left][:, left])
+            gone = kept[b] & ~left
+            w = weights[b][left] + torch.linalg.solve(H[b][left][:, left], H[b][left][:, gone] @ weights[b][gone])
+            least = left.nonzero()[(w.square() / sigma.diagonal()).argmin(), 0]
+            left[least] = False
+            cheapest = costs[b].masked_fill(~kept[b] | (kept[b] & ~left), torch.inf)
+            cheapest[least] = costs[b, least]
+            assert int(cheapest.argmin()) == int(least)

@@ -83,14 +83,16 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
     sigma, weights = sigma.clone(), weights.clone()
     costs, left = torch.zeros_like(weights), torch.ones_like(kept)
     reached, no_bound = torch.zeros_like(weights[:, 0]), weights.new_tensor(torch.inf)
-    block = torch.arange(len(sigma), device=sigma.device)
+    block, count = torch.arange(len(sigma), device=sigma.device), weights.shape[1]
+    place = torch.arange(count, device=sigma.device).expand(len(sigma), -1)  # where what is worked on came from
     smallest = torch.ones_like(reached)
-    for _ in range(weights.shape[1]):
+    taken = 0
+    for _ in range(count):
         cost = weights.square() / (2 * sigma.diagonal(dim1=1, dim2=2))
         cost = torch.where(left, torch.where(kept, cost, -1.0), torch.inf)
         least, i = cost.min(1)
         reached = torch.maximum(torch.nextafter(reached, no_bound), least)  # a later one never before an earlier
-        costs[block, i] = reached
+        costs[block, place[block, i]] = reached
         column = sigma[block, :, i]
         smallest = torch.minimum(smallest, column[block, i])  # NaN stays
         scaled = column / column[block, i][:, None]
@@ -98,6 +100,12 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
         sigma -= column[:, :, None] * scaled[:, None, :]
         left[block, i] = False
         sigma[block, i, i] = 1.0  # what is taken must not divide by zero
+        taken += 1
+        if 8 * taken >= weights.shape[1] >= 64:  # as many of each block: the rest is worked on by itself
+            rest = left.nonzero()[:, 1].view(len(left), -1)
+            sigma = sigma[block[:, None, None], rest[:, :, None], rest[:, None, :]]
+            weights, kept, left, place = (x.gather(1, rest) for x in (weights, kept, left, place))
+            taken = 0
     _check_pivots(smallest)
     return costs
 
