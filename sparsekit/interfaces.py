@@ -351,6 +351,10 @@ class ReconstructionSettings(Settings):
         64, ge=1, description="drawn for each example and layer, of those that a weight is applied at; null: all"
     )
     ridge: float = Field(1e-3, ge=0, description="towards the weights as they are, relative to the mean of diag Â")
+    norms: bool = Field(
+        True,
+        description="fit the bias of a batch normalisation that follows a layer without one, as if it were its own",
+    )
     sweeps: int = Field(1, ge=1, description="times that all layers are fitted, one after the other")
     when: Literal["cut", "level"] = Field("cut", description="after every cut, or only where a level is reached")
     held_out: float = Field(0.125, ge=0, lt=1, description="fraction of the batches that fits are judged on")

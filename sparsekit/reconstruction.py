@@ -5,8 +5,11 @@ Layer by layer, in the order in which they run, over W on its mask:
     min  E ‖W x̂ − W⁰x‖²_B + λ ‖W − W_now‖²
 
 x̂ is the layer's input in the pruned network, with the layers before it fitted already; x and W⁰ are input and weights
-in the dense one; B weights the outputs. No labels are used. In the change δ = W − W_now it is the removal problem with
-H = B ⊗ Â + λI, Â = E x̂x̂ᵀ, and the gradient B (W_now Â − C) with C = E (W⁰x) x̂ᵀ; the same operators solve it.
+in the dense one; B weights the outputs. Biases are fitted with the weights, and so is that of a batch normalisation
+that follows a layer without one, as together they are one affine map; its statistics stay as they are. No labels are
+used.
+In the change δ = W − W_now it is the removal problem with H = B ⊗ Â + λI, Â = E x̂x̂ᵀ, and the gradient B (W_now Â − C)
+with C = E (W⁰x) x̂ᵀ; the same operators solve it.
 
 Reference: Hubara et al., 2021 (AdaPrune); Frantar and Alistarh, 2022 (ExactOBS); layer-wise error feedback.
 """
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.curvature.attention import plain_attention
-from sparsekit.curvature.calls import Call, Piece, Seen, WeightCalls
+from sparsekit.curvature.calls import Call, Norm, Piece, Seen, WeightCalls
 from sparsekit.curvature.rows import gradient_rows
 from sparsekit.errors import CurvatureError, DataError, ModelError, SettingsError
 from sparsekit.interfaces import ReconstructionSettings
@@ -36,7 +39,7 @@ from sparsekit.replay import Replay
 DIRECT = 1024
 
 #: Added to an output weighting B, relative to the mean of its diagonal: outputs that B forgets keep a say.
-OUTPUT_DAMPING = 0.1
+OUTPUT_DAMPING = 1.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,21 @@ class _Layer:
     calls: int
     bias: Piece | None
     rows: int
+    norms: tuple[Norm, Norm] | None = None  # that follows, in the pruned and in the dense network; `bias` is of it
+
+    def target(self, Z: Tensor, bias: Tensor | None) -> Tensor:
+        """Outputs (g, rows, out) that give in the pruned network what Z gives in the dense one, once normalised.
+
+        Args:
+            Z: outputs in the dense network.
+            bias: of the normalisation in the pruned one, (out,), as it is now.
+        """
+        if self.norms is None or bias is None:
+            return Z
+        now, dense = self.norms
+        factor = torch.where(now.scale == 0, 1.0, dense.scale / now.scale)
+        shift = torch.where(now.scale == 0, 0.0, now.mean + (dense.bias - bias) / now.scale - factor * dense.mean)
+        return Z * factor.view(self.groups, 1, -1) + shift.view(self.groups, 1, -1)
 
     @property
     def name(self) -> str:
@@ -195,16 +213,20 @@ class Reconstruction:
         for inputs, _ in pairs(self._batches, next(self._networks["pruned"].parameters()).device):
             yield inputs, len(inputs)
 
-    def _calls(self, which: str) -> list[Call]:
-        """All calls of a pass over the first batch."""
+    def _calls(self, which: str) -> tuple[list[Call], dict[Piece, Norm]]:
+        """All calls of a pass over the first batch, and the normalisations that follow."""
         found: list[Call] = []
+        norms: dict[Piece, Norm] = {}
 
         def seen(call: Call, compute: Callable[[], Tensor]) -> Tensor:
             found.append(call)
             return compute()
 
+        mode = self._modes[which]
+        mode.normed = lambda call, norm: norms.update({call.weight: norm})
         self._pass(which, next(self._inputs())[0], seen)
-        return found
+        mode.normed = lambda call, norm: None
+        return found, norms
 
     def _pass(self, which: str, inputs: Tensor, seen: Seen) -> None:
         self._modes[which].seen = seen
@@ -213,7 +235,7 @@ class Reconstruction:
 
     def _found(self) -> list[_Layer]:
         with as_found(self._networks["pruned"]), as_found(self._networks["dense"]):
-            calls, others = self._calls("pruned"), self._calls("dense")
+            (calls, norms), (others, dense_norms) = self._calls("pruned"), self._calls("dense")
         if [call.weight for call in calls] != [call.weight for call in others]:
             raise ModelError("the pruned and the dense network use their weights in different orders")
         by_piece = {
@@ -236,9 +258,15 @@ class Reconstruction:
                 continue
             bias = uses[0].bias if len({call.bias for call in uses}) == 1 else None
             bias = bias if bias is not None and biased[bias] == 1 else None  # one that is shared stays as it is
+            followed = None
+            if self._settings.norms and len(uses) == 1 and uses[0].bias is None and piece in norms:
+                name = norms[piece].name
+                if piece in dense_norms and sum(norm.name == name for norm in norms.values()) == 1:
+                    followed = norms[piece], dense_norms[piece]
+                    bias = Piece(name, 0, len(norms[piece].bias))
             rows = sum(call.rows(most, examples[0]) for call in uses) * sum(examples) // examples[0]
             width = uses[0].width + (bias is not None)
-            layers.append(_Layer(piece, uses[0].groups, width, len(uses), bias, rows))
+            layers.append(_Layer(piece, uses[0].groups, width, len(uses), bias, rows, followed))
         for name in self._space.names:
             if name not in {layer.name for layer in layers}:
                 self.left.setdefault(name, "no linear map or convolution used it when the network ran")
@@ -331,7 +359,7 @@ class Reconstruction:
                 replays["pruned"].settled = False
                 if call.input.shape != extents[count]:
                     raise ModelError(f"the inputs of '{layer.name}' have another shape in the dense network")
-                X, Z = call.inputs(places[count]), targets[count]
+                X, Z = call.inputs(places[count]), layer.target(targets[count], self._bias(layer.bias))
                 offset = self._bias(call.bias)
                 if layer.bias is not None:
                     X = torch.cat([X, X.new_ones(*X.shape[:2], 1)], dim=2)
@@ -395,7 +423,8 @@ class Reconstruction:
         W = self._tensor(layer.piece).reshape(layer.groups, -1, layer.width - (layer.bias is not None)).double()
         if layer.bias is None:
             return W
-        return torch.cat([W, self._tensor(layer.bias).double().view(layer.groups, -1, 1)], dim=2)
+        bias = self._tensor(layer.bias).double().view(layer.groups, -1, 1)
+        return torch.cat([W, bias if layer.norms is None else torch.zeros_like(bias)], dim=2)
 
     def _kept(self, layer: _Layer, W: Tensor) -> Tensor:
         parts = [piece for piece in (layer.piece, layer.bias) if piece is not None]
@@ -416,8 +445,8 @@ class Reconstruction:
         clean = torch.where(kept, W, 0.0)
         weight.copy_(clean[:, :, :inputs].reshape(weight.shape))
         if layer.bias is not None and scale is not None:
-            bias = self._tensor(layer.bias)
-            bias.copy_((clean[:, :, -1] * scale).reshape(bias.shape))
+            bias, fitted = self._tensor(layer.bias), (clean[:, :, -1] * scale).flatten()
+            bias.copy_(fitted if layer.norms is None else bias + layer.norms[0].scale * fitted)
 
 
 def output_moments(objective: Objective, generator: torch.Generator) -> dict[str, Tensor]:

@@ -120,6 +120,9 @@ def outputs(module, z):
     return z.flatten(2).unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
+NORMS = {"1.conv1": "1.norm"}
+
+
 def reference(name, B=None, sparsity=0.5):
     dense, model, space, mask, batches = case(name, sparsity)
     inputs = torch.cat([x for x, _ in batches])
@@ -131,10 +134,12 @@ def reference(name, B=None, sparsity=0.5):
         Z = torch.cat([outputs(module, z) for _, z in uses(dense, inputs, layer)], 1)
         kept = mask.kept[info.slice].view(groups, -1, X.shape[2])
         W = module.weight.detach().view(groups, -1, X.shape[2])
-        if module.bias is not None:
+        affine = module.bias is not None or layer in NORMS
+        if affine:
             scale = X.square().mean().sqrt()
             X = torch.cat([X, scale.expand(*X.shape[:2], 1)], 2)
-            W = torch.cat([W, module.bias.detach().view(groups, -1, 1) / scale], 2)
+            bias = torch.zeros(W.shape[:2], dtype=W.dtype) if module.bias is None else module.bias.detach()
+            W = torch.cat([W, bias.view(groups, -1, 1) / scale], 2)
             kept = torch.cat([kept, torch.ones_like(kept[:, :, :1])], 2)
         rows = X.shape[1]
         ridge = RIDGE * X.square().mean()
@@ -152,10 +157,14 @@ def reference(name, B=None, sparsity=0.5):
             flat[free] = torch.linalg.lstsq(design, target, driver="gelsd").solution
             new[g] = flat.view_as(W[g])
         with torch.no_grad():
-            width = X.shape[2] - (module.bias is not None)
+            width = X.shape[2] - affine
             module.weight.copy_(new[:, :, :width].reshape(module.weight.shape))
             if module.bias is not None:
                 module.bias.copy_((new[:, :, -1] * scale).flatten())
+            elif affine:
+                norm = model.get_submodule(NORMS[layer])
+                factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+                norm.bias += factor * (new[:, :, -1] * scale).flatten()
     return model
 
 
@@ -167,6 +176,29 @@ def assert_same(model, other, **tolerance):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_regression_is_constrained_least_squares(name):
     assert_same(fitted(name)[0], reference(name), rtol=1e-7, atol=1e-9)
+
+
+def test_a_normalisation_is_left_alone_when_asked():
+    model, _ = fitted("convolutions", norms=False)
+    dense = case("convolutions")[0]
+    assert torch.equal(model[1].norm.bias, dense[1].norm.bias)
+    assert not torch.equal(fitted("convolutions")[0][1].norm.bias, dense[1].norm.bias)
+
+
+def test_after_fine_tuning_what_is_normalised_is_fitted_to_the_dense_networks():
+    dense, model, space, _, batches = case("convolutions", sparsity=0.0)
+    with torch.no_grad():
+        for name, tensor in model[1].norm.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.mul_(1.3).add_(0.1 if name != "running_var" else 0.4)
+    made = Reconstruction(model, dense, space, Mask.full(space.size), batches, settings(ridge=0))
+    x = batches[0][0]
+    fits = iter(made.run())
+    next(fits)  # the first convolution, which is the dense network's
+    next(fits)  # that before the normalisation
+    fits.close()
+    expected = dense[1].norm(dense[1].conv1(dense[0](x)))
+    assert_close(model[1].norm(model[1].conv1(model[0](x))), expected)
 
 
 @pytest.mark.parametrize("name", ["mlp", "convolutions"])

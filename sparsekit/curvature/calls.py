@@ -132,6 +132,20 @@ class Call:
 Seen = Callable[[Call, Callable[[], Tensor]], Tensor]
 
 
+class Norm(NamedTuple):
+    """A batch normalisation with fixed statistics: z ↦ scale (z − mean) + bias, by channel.
+
+    Attributes:
+        name: of the bias, a parameter of the model.
+        mean, scale, bias: (channels,), as they are.
+    """
+
+    name: str
+    mean: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
 class WeightCalls(TorchFunctionMode):
     """While it is entered, `seen(call, compute)` stands in for every call with a weight of the space.
 
@@ -141,6 +155,7 @@ class WeightCalls(TorchFunctionMode):
 
     Attributes:
         seen: returns the call's output; `compute()` is that.
+        normed: is told of a call and the batch normalisation that takes its output, where that comes next.
 
     Args:
         model: whose biases are told by name.
@@ -153,6 +168,8 @@ class WeightCalls(TorchFunctionMode):
         self._weights = {id(p): (name, p) for name, p in space.tensors(model).items()}
         self._biases = {id(p): (name, p) for name, p in model.named_parameters() if p.dim() == 1}
         self.seen = seen
+        self.normed: Callable[[Call, Norm], None] = lambda call, norm: None
+        self._last: tuple[Call | None, Tensor | None] = None, None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -162,10 +179,32 @@ class WeightCalls(TorchFunctionMode):
             # It calls linear maps itself, and would end here again if it asked whether anyone is listening.
             with self, mock.patch.object(F, "has_torch_function", lambda tensors: False):
                 return func(*args, **given)
+        if func is F.batch_norm:
+            self._norm(*args, **given)
         if func not in _AXES:
             return func(*args, **given)
         call = self._call(func, *args, **given)
-        return func(*args, **given) if call is None else self.seen(call, lambda: func(*args, **given))
+        output = func(*args, **given) if call is None else self.seen(call, lambda: func(*args, **given))
+        self._last = call, output
+        return output
+
+    def _norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> None:
+        call, output = self._last
+        if call is None or input is not output or training or running_mean is None or running_var is None:
+            return
+        if bias is not None and id(bias) in self._biases:
+            scale = (running_var + eps).rsqrt() * (1 if weight is None else weight.detach())
+            self.normed(call, Norm(self._biases[id(bias)][0], running_mean.clone(), scale, bias.detach().clone()))
 
     def _call(
         self,

@@ -97,3 +97,36 @@ def test_weights_outside_of_the_space_are_not():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     found = calls(model, torch.randn(2, 4), space=ParameterSpace.of(model, include=["1.weight"]))
     assert [call.weight.name for call, _ in found] == ["1.weight"]
+
+
+class Normalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.other = nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.other(F.relu(self.norm(self.conv(x))))
+
+
+def test_a_normalisation_that_follows_directly_is_told_of():
+    model, told = Normalised().eval(), []
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    mode = WeightCalls(model, ParameterSpace.of(model))
+    mode.normed = lambda call, norm: told.append((call.weight.name, norm))
+    z = torch.randn(2, 3, 4, 4)
+    with torch.no_grad(), mode:
+        model(torch.randn(2, 2, 6, 6))
+    [(name, norm)] = told
+    assert (name, norm.name) == ("conv.weight", "norm.bias")
+    by_channel = [t.view(1, 3, 1, 1) for t in (norm.mean, norm.scale, norm.bias)]
+    assert_close(by_channel[1] * (z - by_channel[0]) + by_channel[2], model.norm(z))
+
+
+def test_a_normalisation_by_the_batch_is_not():
+    model, told = Normalised().train(), []
+    mode = WeightCalls(model, ParameterSpace.of(model))
+    mode.normed = lambda call, norm: told.append(norm)
+    with mode:
+        model(torch.randn(2, 2, 6, 6))
+    assert told == []
