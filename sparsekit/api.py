@@ -17,6 +17,7 @@ from sparsekit.objective import Batch, Objective, pairs
 from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.provenance import available_memory
 from sparsekit.pruner import Metrics, Pruner, StepCompleted
+from sparsekit.reconstruction import Reconstruction
 from sparsekit.run import load_registry
 from sparsekit.schedules import plan
 from sparsekit.settings import resolve
@@ -120,6 +121,9 @@ def prune(
     resolved.classes["estimator"].check(model, space, resolved.options["estimator"], available_memory(device))
     batches: Iterable[Batch] = list(data) if isinstance(data, Iterator) else data
     Objective(model, likelihood, batches, space).check()
+    how = resolved.settings.reconstruction
+    if how.how != "none":
+        Reconstruction.check(model, space, _anchors(batches, how), how, available_memory(device).device)
     options: Any = resolved.options["estimator"]
     judge: Iterable[Batch] | Callable[[nn.Module], Metrics] = batches if evaluation is None else evaluation
     if isinstance(judge, Iterator):
@@ -140,8 +144,8 @@ def prune(
             finetune=resolved.finetune.epochs > 0,
         ),
         calibration=lambda generator: _examples(batches, options.examples, options.batch_size, options.fitting),
-        reconstruction=resolved.settings.reconstruction,
-        anchors=lambda generator: _anchors(batches, resolved.settings.reconstruction),
+        reconstruction=how,
+        anchors=lambda generator: _anchors(batches, how),
         measure=judge if callable(judge) else (lambda model: measure(model, likelihood, judge)),
         seed=seed,
         finetune_settings=resolved.finetune,

@@ -7,10 +7,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from sparsekit.curvature.rows import FisherKind
@@ -361,6 +361,12 @@ class ReconstructionSettings(Settings):
     cache_mebibytes: int = Field(
         1024, ge=0, description="host memory for activations that need not be computed again; 0: none"
     )
+
+    @model_validator(mode="after")
+    def _told_how(self) -> Self:
+        if self.model_fields_set and "how" not in self.model_fields_set:
+            raise ValueError("settings without `how` do nothing; set how=layerwise or fisher")
+        return self
 
 
 class FinetuneSettings(Settings):

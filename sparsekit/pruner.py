@@ -195,7 +195,7 @@ class Pruner:
         restarts = any(step.restart for step in self.steps)
         self._dense = {name: t.clone() for name, t in self.model.state_dict().items()} if restarts else {}
         # What layers are fitted to, for the same reason taken here.
-        self._anchor = deepcopy(self.model) if self.reconstruction.how != "none" else None
+        self._anchor = deepcopy(self.model).cpu() if self.reconstruction.how != "none" else None
         self._weighting: Mapping[str, Tensor] = {}
         self._phase = "curvature"
         self._untaught = deepcopy(self.estimator) if restarts else self.estimator
@@ -237,7 +237,8 @@ class Pruner:
         reconstructed = None
         if self._anchor is not None and (self.reconstruction.when == "cut" or step.completes_level):
             yield self._started("reconstruction", step)
-            left = yield from self._reconstruct(step, self._anchor, clock)
+            left = yield from self._reconstruct(step, self._anchor.to(device), clock)
+            self._anchor.cpu()  # where it is in nobody's way
             after = objective.loss() if calibration else math.nan
             increase = after - state.cut.loss - state.cut.measured_increase
             reconstructed = Reconstructed(increase, state.fits, left)
@@ -327,7 +328,7 @@ class Pruner:
             self.state.fits = (*self.state.fits, fit)
             clock.lap("reconstruction")
             yield LayerReconstructed(step, fit)
-        return work.left
+        return work.left | {fit.name: fit.left for fit in self.state.fits if fit.left}
 
     def _output_weighting(self, anchor: nn.Module) -> Mapping[str, Tensor]:
         """Fisher information of each layer's outputs: the estimator's where it has factors, else measured once."""
@@ -336,7 +337,8 @@ class Pruner:
             return found
         if not self._weighting:  # of the dense network, so that it is the same before and after an interruption
             objective = Objective(anchor, self.likelihood, self.calibration(self._generator("outputs", 0)), self.space)
-            self._weighting = output_moments(objective, self._generator("output labels", 0, objective.device))
+            generator = self._generator("output labels", 0, objective.device)
+            self._weighting = output_moments(objective, self.estimator.settings.fisher, generator)
         return {**self._weighting, **found}
 
     def _cut(self, step: Step, inverse: InverseFisher, objective: Objective) -> Removal:

@@ -42,8 +42,9 @@ class LayerFitRecord(_Schema):
     held_out_before: float = Field(description="the same on examples held out; NaN: none were")
     held_out_after: float = Field(description="the same, afterwards")
     iterations: int = Field(ge=0, description="of conjugate gradients; 0 where the solve was direct")
-    residual: float = Field(description="relative, at the end of conjugate gradients")
+    residual: float = Field(description="of the normal equations, relative to their right side")
     seconds: float
+    left: str = Field(default="", description="why it stays as it was; then the errors are NaN")
 
 
 class ReconstructionRecord(_Schema):

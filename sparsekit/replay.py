@@ -19,8 +19,12 @@ class Replay:
     later passes over the same batch take it from here, so that each pass costs little more than one layer. The
     outermost such modules are kept, on the host, as far as the memory allows; what is not kept is computed again.
 
+    Modules that write to their arguments are never kept. Whatever else a module does beside returning something is
+    not done again; who cannot rule that out compares a pass with `batch = None` now and then.
+
     Attributes:
-        batch: which batch the next pass is over; its inputs must be the same each time.
+        batch: which batch the next pass is over, whose inputs must be the same each time; None: all is computed, and
+            nothing is kept.
         settled: whether all that was computed in this pass is final.
 
     Args:
@@ -29,9 +33,8 @@ class Replay:
     """
 
     def __init__(self, model: nn.Module, limit: int) -> None:
-        self._limit, self._bytes = limit, 0
-        self._kept: dict[tuple[int, str], Any] = {}
-        self._sizes: dict[tuple[int, str], int] = {}
+        self.limit, self._bytes = limit, 0
+        self._kept: dict[int, dict[str, _Kept]] = {}  # by batch and module
         self._modules = {
             name: module
             for name, module in model.named_modules()
@@ -41,9 +44,10 @@ class Replay:
             name: [other for other in self._modules if other.startswith(f"{name}.")] for name in self._modules
         }
         self._own: dict[str, Any] = {}
-        self._calls: Counter[str] = Counter()
-        self._once: set[str] | None = None
-        self.batch, self.settled = 0, True
+        self._calls: Counter[str] = Counter()  # in this pass
+        self._never: set[str] = set()
+        self.batch: int | None = None
+        self.settled = False
 
     def __enter__(self) -> Self:
         for name, module in self._modules.items():
@@ -57,55 +61,78 @@ class Replay:
             if self._own[name] is not None:
                 module.forward = self._own[name]
 
-    def learn(self) -> None:
-        """After one whole pass: only modules that ran once in it are kept, for one output stands for all of them."""
-        self._once = {name for name, count in self._calls.items() if count == 1}
+    def begin(self, batch: int | None) -> None:
+        """A pass over a batch begins; see `batch`."""
+        self.batch, self.settled = batch, True
+        self._calls.clear()
 
     def forget(self) -> None:
         """Layers from the first on will change again."""
         self._kept.clear()
-        self._sizes.clear()
         self._bytes = 0
 
     def _replaying(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def replaced(*args: Any, **kwargs: Any) -> Any:
-            found = self._kept.get((self.batch, name))
-            if found is not None:
-                device = next((a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-                return _mapped(found, lambda t: t.to(device or t.device, copy=True))
+            if self.batch is None:
+                return forward(*args, **kwargs)
             self._calls[name] += 1
+            if self._calls[name] > 1:  # one output cannot stand for several calls
+                self._give_up(name)
+            found = self._kept.get(self.batch, {}).get(name)
+            if found is not None:
+                return found.again()
+            given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            before = [a._version for a in given]
             output = forward(*args, **kwargs)
-            if self.settled and self._once is not None and name in self._once:
-                self._keep(name, output)
+            if before != [a._version for a in given]:
+                self._give_up(name)
+            elif self.settled and name not in self._never:
+                self._keep(self.batch, name, output)
             return output
 
         return replaced
 
-    def _keep(self, name: str, output: Any) -> None:
-        if type(output) is tuple and all(part is None or isinstance(part, Tensor) for part in output):
-            parts = [part for part in output if part is not None]
-        elif isinstance(output, Tensor):
-            parts = [output]
-        else:
+    def _give_up(self, name: str) -> None:
+        self._never.add(name)
+        for batch in self._kept:
+            self._drop(batch, name)
+
+    def _keep(self, batch: int, name: str, output: Any) -> None:
+        whole = output if type(output) is tuple else (output,)
+        if not all(part is None or type(part) is Tensor for part in whole):
+            return
+        made = _Kept(whole, type(output) is tuple)
+        mine = self._kept.setdefault(batch, {})
+        if made.size > self.limit - self._bytes + sum(kept.size for kept in mine.values()):
             return
         for other in self._below[name]:
-            self._drop((self.batch, other))
-        size = sum(part.nbytes for part in parts)
-        while self._kept and self._bytes + size > self._limit:
-            self._drop(next(iter(self._kept)))
-        if size <= self._limit:
-            # a copy, because what comes next may work in place
-            self._kept[self.batch, name] = _mapped(output, lambda t: t.to("cpu", copy=True))
-            self._sizes[self.batch, name] = size
-            self._bytes += size
+            self._drop(batch, other)
+        while made.size > self.limit - self._bytes:  # what this batch passed first is needed least
+            self._drop(batch, next(iter(mine)))
+        mine[name] = made.copied()
+        self._bytes += made.size
 
-    def _drop(self, key: tuple[int, str]) -> None:
-        if key in self._kept:
-            del self._kept[key]
-            self._bytes -= self._sizes.pop(key)
+    def _drop(self, batch: int, name: str) -> None:
+        dropped = self._kept.get(batch, {}).pop(name, None)
+        if dropped is not None:
+            self._bytes -= dropped.size
 
 
-def _mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(output, Tensor):
-        return change(output)
-    return tuple(None if part is None else change(part) for part in output)
+class _Kept:
+    """A module's output, on the host, and where its parts lay."""
+
+    def __init__(self, parts: tuple[Tensor | None, ...], several: bool) -> None:
+        self._parts, self._several = parts, several
+        self._devices = [None if part is None else part.device for part in parts]
+        self.size = sum(part.nbytes for part in parts if part is not None)
+
+    def copied(self) -> Self:
+        """With copies of its own, because what comes next may work in place."""
+        self._parts = tuple(None if part is None else part.detach().to("cpu", copy=True) for part in self._parts)
+        return self
+
+    def again(self) -> Any:
+        """The output, as a copy where it lay."""
+        placed = zip(self._parts, self._devices, strict=True)
+        parts = tuple(None if part is None else part.to(device, copy=True) for part, device in placed)
+        return parts if self._several else parts[0]

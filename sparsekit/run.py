@@ -20,7 +20,7 @@ from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.provenance import available_memory, machine, now, peak_memory, plugins_used
 from sparsekit.provenance import identity as run_identity
 from sparsekit.pruner import Cut, DenseMeasured, Event, LayerReconstructed, Pruner, PrunerState, StepCompleted
-from sparsekit.reconstruction import LayerFit
+from sparsekit.reconstruction import LayerFit, Reconstruction
 from sparsekit.records import LevelRecord, RunDirectory, RunRecord, StepRecord, run_key
 from sparsekit.registry import Registry
 from sparsekit.schedules import Step, plan
@@ -181,6 +181,9 @@ def execute(
         batch_size: int = resolved.options["estimator"].batch_size  # type: ignore[attr-defined]
         first = task.batches("train", batch_size=batch_size, limit=batch_size)
         Objective(model, task.likelihood, first, shown.space).check()  # nothing is written for what cannot work
+        if anchors.how != "none":
+            few = list(task.batches("train", batch_size=anchors.batch_size, limit=anchors.examples))
+            Reconstruction.check(model, shown.space, few, anchors, available_memory(device).device)
         if uri is not None:
             initialise(uri, settings.tracking.experiment)  # an address that cannot work is said now, not later
         if fresh:
@@ -255,6 +258,8 @@ class _Driver:
                     tracker.metrics({f"dense/{k}": v for k, v in event.metrics.items()}, step=0)
                 elif isinstance(event, LayerReconstructed):
                     if time.perf_counter() - self.saved > SAVE_EVERY:
+                        spent = {**self.record.seconds, "total": earlier + time.perf_counter() - begun}
+                        self.record = self.record.model_copy(update={"seconds": spent})
                         self._checkpoint(pruner)
                 elif isinstance(event, StepCompleted):
                     self._completed(event, pruner, tracker, earlier + time.perf_counter() - begun)

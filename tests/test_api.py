@@ -173,3 +173,31 @@ def test_a_frozen_layer_is_left_alone(model, data):
     pruned = sparsekit.prune(model, data, loss="categorical", estimator=FISHLEG, sparsity=0.5)
     assert list(pruned.mask) == ["2.weight"]
     assert pruned.skipped["0.weight"] == "frozen (requires_grad=False)"
+
+
+def test_what_reconstruction_cannot_do_is_said_before_the_model_is_touched(model, data):
+    before = deepcopy(model.state_dict())
+    given = {"loss": "categorical", "estimator": FISHLEG, "inplace": True}
+    with pytest.raises(DataError, match="reconstruction needs 1024 .*set reconstruct="):
+        sparsekit.prune(model, data, **given, reconstruct="layerwise")
+    with pytest.raises(SettingsError, match="without ridge has 6 equations for 7 unknowns"):
+        sparsekit.prune(model, data, **given, reconstruct={"how": "layerwise", "examples": 6, "ridge": 0})
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_reconstruction_of_a_users_own_model(model, data):
+    given = {"loss": "categorical", "estimator": FISHLEG, "compensation": "none"}
+    plain = sparsekit.prune(model, data, **given)
+    fitted = sparsekit.prune(model, data, **given, reconstruct={"how": "fisher", "examples": 96})
+    assert all(fit.error_after < fit.error_before for fit in fitted.steps[0].reconstruction.layers)
+    assert fitted.steps[0].measured_increase == plain.steps[0].measured_increase
+    assert fitted.sparsity == plain.sparsity
+
+
+def test_the_weighting_takes_the_estimators_kind_of_fisher(model, data):
+    def loss(outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets, reduction="none", label_smoothing=0.1)
+
+    given = {"estimator": {"name": "diagonal", "examples": 64, "fisher": "empirical"}, "sparsity": 0.5}
+    done = sparsekit.prune(model, data, loss=loss, **given, reconstruct={"how": "fisher", "examples": 96})
+    assert len(done.steps[0].reconstruction.layers) == 2

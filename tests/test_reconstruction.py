@@ -15,6 +15,13 @@ from sparsekit.reconstruction import OUTPUT_DAMPING, Reconstruction
 RIDGE = 0.01
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 class Twice(nn.Module):
     """A layer that is used twice, with another between."""
 
@@ -389,6 +396,165 @@ def test_a_removed_bias_stays_removed():
     list(Reconstruction(model, dense, space, Mask(kept), batches, settings()).run())
     assert model[0].bias[1:].tolist() == [0, 0]
     assert model[0].bias[0] != dense[0].bias[0]
+
+
+class Buffered(nn.Module):
+    """A bias that is no parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5))
+        self.register_buffer("bias", torch.randn(3))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias * 2)
+
+
+def made_of(dense, batches, kept=None, **given):
+    space = ParameterSpace.of(dense)
+    mask = Mask.full(space.size) if kept is None else Mask(kept(space.read(dense)))
+    model = deepcopy(dense)
+    mask.apply(space, model)
+    return model, Reconstruction(model, dense, space, mask, batches, settings(**given))
+
+
+def test_a_bias_that_is_no_parameter_is_taken_as_it_is():
+    dense = Buffered().double()
+    model, made = made_of(dense, [(torch.randn(20, 5, dtype=torch.float64), torch.zeros(20))])
+    [fit] = made.run()
+    assert fit.error_before < 1e-12
+    assert_close(model.weight, dense.weight)
+
+
+def test_a_frozen_bias_stays_as_it_is():
+    dense = nn.Sequential(nn.Linear(5, 3)).double()
+    dense[0].bias.requires_grad_(False)
+    batches = [(torch.randn(20, 5, dtype=torch.float64), torch.zeros(20))]
+    model, made = made_of(dense, batches, lambda w: w.abs() > 0.2)
+    [fit] = made.run()
+    assert torch.equal(model[0].bias, dense[0].bias)
+    assert fit.error_after < fit.error_before
+
+
+class TiedHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return F.linear(self.linear(self.embedding(x)), self.embedding.weight)
+
+
+def test_a_weight_that_is_used_in_another_way_too_is_left():
+    dense = TiedHead().double()
+    model, made = made_of(dense, [(torch.randint(6, (8, 3)), torch.zeros(8))], lambda w: w.abs() > 0.2)
+    assert made.left == {"embedding.weight": "it is used in another way too, by embedding"}
+    assert [fit.name for fit in made.run()] == ["linear.weight"]
+
+
+class SideEffect(nn.Module):
+    """A module that leaves something for a later one."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = Leaving(), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(self.inner(x) + self.inner.skip)
+
+
+class Leaving(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(5, 5) for _ in range(3))
+
+    def forward(self, x):
+        self.skip = x
+        return self.third(F.relu(self.second(F.relu(self.first(x)))))
+
+
+@pytest.mark.parametrize("make", [SideEffect])
+def test_modules_that_do_more_than_return_are_computed_each_time(make):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dense = make().double()
+        batches = [(torch.randn(8, 5, dtype=torch.float64), torch.zeros(8)) for _ in range(4)]
+    results = []
+    for cache in (0, 64):
+        model, made = made_of(dense, batches, lambda w: w.abs() > 0.2, cache_mebibytes=cache)
+        list(made.run())
+        results.append(model)
+    assert_same(*results, rtol=0, atol=0)
+
+
+def test_between_two_layers_the_network_computes_as_ever():
+    dense, model, space, mask, batches = case("convolutions")
+    run = Reconstruction(model, dense, space, mask, batches, settings()).run()
+    next(run), next(run)
+    x, y = (torch.randn(3, 3, 8, 8, dtype=torch.float64) for _ in range(2))
+    assert not torch.equal(model(x), model(y))
+    run.close()
+
+
+class Uneven(nn.Module):
+    """A layer that some examples do not reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.rare, self.last = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        y = self.first(x)
+        large = y[:, 0] > 0
+        y[large] = self.rare(y[large])
+        return self.last(y)
+
+
+def test_a_layer_that_does_not_run_alike_in_both_networks_is_left():
+    dense = Uneven().double()
+    batches = [(torch.randn(8, 5, dtype=torch.float64), torch.zeros(8)) for _ in range(4)]
+    model, made = made_of(dense, batches, lambda w: w.abs() > 0.3)
+    before = model.rare.weight.clone()
+    fits = {fit.name: fit for fit in made.run()}
+    assert "another shape in the dense network" in fits["rare.weight"].left
+    assert torch.equal(model.rare.weight, before)
+    assert not fits["last.weight"].left
+
+
+def test_dead_inputs_need_no_ridge():
+    dense = nn.Sequential(nn.Linear(5, 4)).double()
+    x = torch.randn(40, 5, dtype=torch.float64)
+    x[:, 2] = 0
+    model, made = made_of(dense, [(x, torch.zeros(40))], lambda w: w.abs() > 0.2, ridge=0)
+    [fit] = made.run()
+    assert not fit.left
+    assert torch.equal(model[0].weight[:, 2], dense[0].weight[:, 2] * (dense[0].weight[:, 2].abs() > 0.2))
+
+
+def test_held_out_examples_are_no_equations():
+    dense, batch = nn.Sequential(nn.Linear(39, 4)).double(), torch.randn(48, 39, dtype=torch.float64)
+    batches = [(part, torch.zeros(16)) for part in batch.split(16)]
+    with pytest.raises(SettingsError, match="has 32 equations for 40 unknowns"):
+        made_of(dense, batches, ridge=0, held_out=0.4)
+
+
+def test_half_precision_is_fitted_in_single():
+    dense = nn.Sequential(nn.Linear(64, 32, bias=False)).bfloat16()
+    model, made = made_of(dense, [(torch.randn(256, 64).bfloat16(), torch.zeros(256))])
+    list(made.run())
+    assert (model[0].weight - dense[0].weight).norm() < 0.01 * dense[0].weight.norm()
+
+
+def test_the_residual_is_that_of_the_normal_equations():
+    assert all(fit.residual < 1e-10 for fit in fitted("mlp")[1])
+    given, _ = weighting("mlp")
+    assert all(1e-10 < fit.residual < 1e-2 for fit in fitted("mlp", given)[1])
+
+
+def test_statistics_that_do_not_fit_are_refused():
+    dense, _, space, _, batches = case("mlp")
+    with pytest.raises(SettingsError, match="'2.weight' needs 0 MiB for its statistics"):
+        Reconstruction.check(dense, space, batches, settings(), 100)
 
 
 def test_too_few_equations_without_a_ridge_are_refused():

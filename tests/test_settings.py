@@ -110,3 +110,8 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(SettingsError, match=message):
         read_config(path)
+
+
+def test_reconstruction_with_settings_and_no_how_is_refused():
+    with pytest.raises(SettingsError, match="settings without `how` do nothing; set how=layerwise or fisher"):
+        resolve({"reconstruction": {"examples": 64}}, load_registry())

@@ -37,6 +37,7 @@ class Call:
     Attributes:
         weight: which rows of which parameter of the space.
         bias: of which parameter of the model, None where there is none or it is none of the model's.
+        offset: the bias itself, (out,), detached; None where there is none.
         groups: g.
         input: as it was given, detached.
         kernel, stride, padding, dilation: of a convolution, by axis; empty for a linear map.
@@ -44,6 +45,7 @@ class Call:
 
     weight: Piece
     bias: Piece | None
+    offset: Tensor | None = field(repr=False)
     groups: int
     input: Tensor = field(repr=False)
     kernel: tuple[int, ...] = ()
@@ -122,7 +124,7 @@ class Call:
         if not self.kernel:
             Z = z.reshape(-1, z.shape[-1])
             return (Z if positions is None else Z[positions])[None]
-        Z = z.flatten(2)
+        Z = (z if z.dim() > len(self.kernel) + 1 else z[None]).flatten(2)  # of a single example
         if positions is not None:
             Z = Z.gather(2, positions[:, None].expand(-1, Z.shape[1], -1))
         return Z.mT.reshape(-1, self.groups, Z.shape[1] // self.groups).transpose(0, 1)
@@ -150,12 +152,13 @@ class WeightCalls(TorchFunctionMode):
     """While it is entered, `seen(call, compute)` stands in for every call with a weight of the space.
 
     Functions are intercepted, not modules, so that weights count wherever they are used: in several places, outside
-    of their module, or by the piece, as attention does with packed projections. Weights that go through other
-    functions, or are transformed before they are used, are not seen.
+    of their module, or by the piece, as attention does with packed projections.
 
     Attributes:
         seen: returns the call's output; `compute()` is that.
         normed: is told of a call and the batch normalisation that takes its output, where that comes next.
+        others: name of a weight -> a function that something else was computed with from it, such as a lookup or a
+            product with its transpose.
 
     Args:
         model: whose biases are told by name.
@@ -165,8 +168,9 @@ class WeightCalls(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, space: ParameterSpace, seen: Seen = lambda call, compute: compute()) -> None:
         super().__init__()
-        self._weights = {id(p): (name, p) for name, p in space.tensors(model).items()}
-        self._biases = {id(p): (name, p) for name, p in model.named_parameters() if p.dim() == 1}
+        self._weights = _by_storage(space.tensors(model))
+        self._biases = _by_storage({name: p for name, p in model.named_parameters() if p.dim() == 1})
+        self.others: dict[str, str] = {}
         self.seen = seen
         self.normed: Callable[[Call, Norm], None] = lambda call, norm: None
         self._last: tuple[Call | None, Tensor | None] = None, None
@@ -181,12 +185,21 @@ class WeightCalls(TorchFunctionMode):
                 return func(*args, **given)
         if func is F.batch_norm:
             self._norm(*args, **given)
-        if func not in _AXES:
-            return func(*args, **given)
-        call = self._call(func, *args, **given)
+        call = self._call(func, *args, **given) if func in _AXES else None
         output = func(*args, **given) if call is None else self.seen(call, lambda: func(*args, **given))
-        self._last = call, output
+        if func in _AXES:
+            self._last = call, output
+        if call is None:
+            self._note_others(func, output, (*args, *given.values()))
         return output
+
+    def _note_others(self, func: Any, output: Any, given: tuple[Any, ...]) -> None:
+        made = [part for part in (output if isinstance(output, tuple | list) else [output]) if _floating(part)]
+        for tensor in given:
+            name, weight = self._weights.get(_storage(tensor), ("", None))
+            # views are not yet anything computed
+            if weight is not None and any(_storage(part) != _storage(weight) for part in made):
+                self.others[name] = getattr(func, "__name__", str(func))
 
     def _norm(
         self,
@@ -202,9 +215,10 @@ class WeightCalls(TorchFunctionMode):
         call, output = self._last
         if call is None or input is not output or training or running_mean is None or running_var is None:
             return
-        if bias is not None and id(bias) in self._biases:
+        piece = None if bias is None else _piece(bias, self._biases)
+        if bias is not None and piece is not None:
             scale = (running_var + eps).rsqrt() * (1 if weight is None else weight.detach())
-            self.normed(call, Norm(self._biases[id(bias)][0], running_mean.clone(), scale, bias.detach().clone()))
+            self.normed(call, Norm(piece.name, running_mean.clone(), scale, bias.detach().clone()))
 
     def _call(
         self,
@@ -220,10 +234,10 @@ class WeightCalls(TorchFunctionMode):
         piece, axes = _piece(weight, self._weights), _AXES[func]
         if piece is None:
             return None
-        offset = None if bias is None else _piece(bias, self._biases)
+        of, offset = (None, None) if bias is None else (_piece(bias, self._biases), bias.detach())
         a = input.detach()
         if not axes:
-            return Call(piece, offset, 1, a)
+            return Call(piece, of, offset, 1, a)
         kernel, stride, dilation = tuple(weight.shape[2:]), _by_axis(stride, axes), _by_axis(dilation, axes)
         if isinstance(padding, str):  # 'same' pads the right side more where the total is odd
             total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
@@ -231,7 +245,7 @@ class WeightCalls(TorchFunctionMode):
             padding = 0
         if a.dim() == axes + 1:  # a single example
             a = a[None]
-        return Call(piece, offset, groups, a, kernel, stride, _by_axis(padding, axes), dilation)
+        return Call(piece, of, offset, groups, a, kernel, stride, _by_axis(padding, axes), dilation)
 
 
 #: The functions that are intercepted -> axes of their kernels.
@@ -242,12 +256,25 @@ def _by_axis(given: Any, axes: int) -> tuple[int, ...]:
     return (given,) * axes if isinstance(given, int) else tuple(given) * (axes if len(given) == 1 else 1)
 
 
-def _piece(tensor: Tensor, known: Mapping[int, tuple[str, Tensor]]) -> Piece | None:
+def _floating(given: Any) -> bool:
+    return isinstance(given, Tensor) and given.is_floating_point()
+
+
+def _storage(given: Any) -> int | None:
+    """Where a tensor's numbers lie, the same for all its views; None for what has none."""
+    if not isinstance(given, Tensor) or given.layout != torch.strided:
+        return None
+    return given.untyped_storage().data_ptr() or None
+
+
+def _by_storage(tensors: Mapping[str, Tensor]) -> dict[int | None, tuple[str, Tensor]]:
+    return {_storage(tensor): (name, tensor) for name, tensor in tensors.items() if _storage(tensor) is not None}
+
+
+def _piece(tensor: Tensor, known: Mapping[int | None, tuple[str, Tensor]]) -> Piece | None:
     """Which rows of a known parameter a tensor is; None where it is none."""
-    if id(tensor) in known:
-        return Piece(known[id(tensor)][0], 0, len(tensor))
-    base = tensor._base
-    if base is None or id(base) not in known or tensor.shape[1:] != base.shape[1:] or not tensor.is_contiguous():
+    name, base = known.get(_storage(tensor), ("", None))
+    if base is None or tensor.shape[1:] != base.shape[1:] or not tensor.is_contiguous() or not len(tensor):
         return None
     start = int(tensor.storage_offset() - base.storage_offset()) // base[0].numel()
-    return Piece(known[id(base)][0], start, start + len(tensor))
+    return Piece(name, start, start + len(tensor))

@@ -93,6 +93,43 @@ def test_weights_are_seen_wherever_they_are_used():
     assert [call.bias and call.bias.name for call in found] == [None, "linear.bias"]
 
 
+def others(model, *inputs):
+    mode = WeightCalls(model, ParameterSpace.of(model))
+    with torch.no_grad(), plain_attention(), mode:
+        model(*inputs)
+    return mode.others
+
+
+class Transposed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.embedding = nn.Linear(4, 4), nn.Embedding(5, 4)
+
+    def forward(self, x):
+        y = self.linear(self.embedding(x))
+        return F.linear(F.linear(y, self.linear.weight.t()), self.embedding.weight)
+
+
+def test_other_uses_of_a_weight_are_noted():
+    assert others(Functional(), torch.randn(2, 4)) == {"other.weight": "matmul"}
+    found = others(Transposed(), torch.randint(5, (2, 3)))
+    assert found == {"linear.weight": "linear", "embedding.weight": "embedding"}
+
+
+def test_ordinary_layers_and_attention_have_none():
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+    assert others(layer, torch.randn(2, 3, 6)) == {}
+    attention, x = nn.MultiheadAttention(6, 2, batch_first=True), torch.randn(2, 3, 6)
+    assert others(attention, x, x + 1, x + 1) == {}
+    assert others(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).eval(), torch.randn(2, 2, 4, 4)) == {}
+
+
+def test_a_single_example_is_a_batch_of_one():
+    layer = nn.Conv2d(2, 3, 3)
+    [(call, output)] = calls(layer, torch.randn(2, 5, 5))
+    assert_close(predicted(call, layer.weight, layer.bias, None), call.outputs(output))
+
+
 def test_weights_outside_of_the_space_are_not():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     found = calls(model, torch.randn(2, 4), space=ParameterSpace.of(model, include=["1.weight"]))
