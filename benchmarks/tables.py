@@ -151,7 +151,10 @@ def main() -> None:
     if options.gradual:
         levels = [0.9]
         base |= {"schedule": "cubic", "steps": 4, "levels": "sequential", "finetune": {"epochs": 1}}
-        rows = [(name, {k: v for k, v in settings.items() if k != "schedule"}) for name, settings in rows]
+        rows = [  # 256 examples an estimate for all, as many as fit with every method
+            (name.split(",")[0], merge(settings, {"estimator": {"examples": 256}} if name != "magnitude" else {}))
+            for name, settings in rows
+        ]
     base |= {"sparsity": levels, "reconstruction": options.reconstruct}
     if options.only:
         rows = [row for row in rows if options.only in row[0]]
