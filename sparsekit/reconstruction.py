@@ -278,9 +278,13 @@ class Reconstruction:
         return found, norms
 
     def _pass(self, which: str, inputs: Tensor, seen: Seen) -> None:
-        self._modes[which].seen = seen
-        with torch.no_grad(), plain_attention(), self._modes[which]:
-            self._networks[which](inputs)
+        mode = self._modes[which]
+        plain, mode.seen = mode.seen, seen
+        try:
+            with torch.no_grad(), plain_attention(), mode:
+                self._networks[which](inputs)
+        finally:
+            mode.seen = plain  # it holds what was seen
 
     def _found(self) -> list[_Layer]:
         with as_found(self._networks["pruned"]), as_found(self._networks["dense"]):

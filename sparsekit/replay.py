@@ -60,6 +60,7 @@ class Replay:
             del module.forward
             if self._own[name] is not None:
                 module.forward = self._own[name]
+        self.forget()
 
     def begin(self, batch: int | None) -> None:
         """A pass over a batch begins; see `batch`."""

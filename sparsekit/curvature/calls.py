@@ -175,6 +175,10 @@ class WeightCalls(TorchFunctionMode):
         self.normed: Callable[[Call, Norm], None] = lambda call, norm: None
         self._last: tuple[Call | None, Tensor | None] = None, None
 
+    def __exit__(self, *given: Any) -> None:
+        self._last = None, None
+        super().__exit__(*given)
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
