@@ -177,7 +177,7 @@ class WeightCalls(TorchFunctionMode):
 
     def __exit__(self, *given: Any) -> None:
         self._last = None, None
-        super().__exit__(*given)
+        super().__exit__(*given)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
