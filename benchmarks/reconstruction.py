@@ -72,6 +72,7 @@ MASKS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 #: Rows of the table of sub-steps: mask, compensation, reconstruction, sub-steps a level.
 PATHS = [
+    ("layer-wise obs, Fisher", "joint", "fisher", 4),
     ("fishleg, greedy", "joint", "fisher", 4),
     ("magnitude", "none", "fisher", 4),
     ("fishleg", "joint", "fisher", 4),
