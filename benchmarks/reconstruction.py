@@ -224,7 +224,7 @@ def finetuning(options: argparse.Namespace) -> None:
 
 
 def cost(options: argparse.Namespace) -> None:
-    """Reconstruction from 1,024 images in plain training steps of batch 128, turn about in one process."""
+    """Reconstruction from 1,024 images in plain training steps of batch 128, by the processor's seconds, turn about."""
     run = resolve(base(options), load_registry())
     dataset = run.build("task")
     dense = dataset.model()
@@ -236,21 +236,21 @@ def cost(options: argparse.Namespace) -> None:
     optimiser = torch.optim.SGD(dense.parameters(), 0.0)
 
     def step() -> float:
-        started = time.perf_counter()
+        started = time.process_time()
         optimiser.zero_grad()
         dataset.likelihood.losses(dense(inputs), targets).mean().backward()
         optimiser.step()
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     def fit(how: str) -> float:
         model = deepcopy(dense)
         mask.apply(space, model)
         given = ReconstructionSettings(how=how)
         weighting = {i.name: torch.eye(i.shape[0])[None] for i in space.parameters} if how == "fisher" else None
-        started = time.perf_counter()
+        started = time.process_time()
         for _ in Reconstruction(model, dense, space, mask, batches, given, weighting=weighting).run():
             pass
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     step()
     ratios: dict[str, list[float]] = {"layerwise": [], "fisher": []}

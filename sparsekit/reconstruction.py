@@ -39,6 +39,9 @@ from sparsekit.replay import Replay
 #: Inputs of a row up to which its own system is factorised; beyond, all rows are solved by conjugate gradients.
 DIRECT = 1024
 
+#: Half the inputs of a product XᵀX from which on it is taken by halves.
+SMALLEST_GRAM = 96
+
 #: Added to an output weighting B, relative to the mean of its diagonal: outputs that B forgets keep a say.
 OUTPUT_DAMPING = 1.0
 
@@ -125,7 +128,7 @@ class _Moments:
         with torch.autocast(X.device.type, enabled=False):
             X, Z = (part if part.dtype == torch.float64 else part.float() for part in (X, Z))
             weighted = Z if self._B is None else Z @ self._B.to(Z)
-            found = (X.mT @ X).double(), (Z.mT @ X).double(), (weighted * Z).sum(dtype=torch.float64)
+            found = _gram(X).double(), (Z.mT @ X).double(), (weighted * Z).sum(dtype=torch.float64)
         if self._sums is None:
             self._sums = found
         else:
@@ -392,18 +395,23 @@ class Reconstruction:
         return W + minimum.solution.view_as(W), scale, minimum.iterations, residual
 
     def _distrust(self, layer: _Layer, replays: Mapping[str, Replay]) -> None:
-        """Keep nothing more of a network whose modules do more than return something, as the first batch shows."""
-        inputs, _ = next(self._inputs())
-        for which, replay in replays.items():
-            if replay.limit:
-                computed, replayed = (self._uses(which, layer, inputs, replay, batch) for batch in (None, 0))
-                same = [a.shape == b.shape and _close(a, b) for a, b in zip(computed, replayed, strict=False)]
-                if len(computed) != len(replayed) or not all(same):
-                    replay.limit = 0
-                    replay.forget()
+        """Keep nothing more where modules do more than return something, as the first batch shows.
 
-    def _uses(self, which: str, layer: _Layer, inputs: Tensor, replay: Replay, batch: int | None) -> list[Tensor]:
-        """What the layer is given in a pass up to its last use."""
+        Both networks have the same modules, so that one of them is looked at.
+        """
+        replay = replays["pruned"]
+        if not replay.limit:
+            return
+        inputs, _ = next(self._inputs())
+        computed, replayed = (self._uses(layer, inputs, replay, batch) for batch in (None, 0))
+        same = [a.shape == b.shape and _close(a, b) for a, b in zip(computed, replayed, strict=False)]
+        if len(computed) != len(replayed) or not all(same):
+            for each in replays.values():
+                each.limit = 0
+                each.forget()
+
+    def _uses(self, layer: _Layer, inputs: Tensor, replay: Replay, batch: int | None) -> list[Tensor]:
+        """What the layer is given in a pass of the pruned network up to its last use."""
         found: list[Tensor] = []
 
         def seen(call: Call, compute: Callable[[], Tensor]) -> Tensor:
@@ -416,7 +424,7 @@ class Reconstruction:
 
         replay.begin(batch)
         with suppress(_Reached):
-            self._pass(which, inputs, seen)
+            self._pass("pruned", inputs, seen)
         return found
 
     def _gather(
@@ -553,6 +561,16 @@ def output_moments(objective: Objective, fisher: FisherKind, generator: torch.Ge
                 moment = torch.einsum("bgoi,bgpi->gop", G, G).double()
                 totals[info.name] = moment + totals[info.name] if info.name in totals else moment
     return totals
+
+
+def _gram(X: Tensor) -> Tensor:
+    """XᵀX by group, its blocks below the diagonal copied from above: up to half of the multiplications."""
+    half = X.shape[-1] // 2
+    if half < SMALLEST_GRAM:
+        return X.mT @ X
+    left, right = X[:, :, :half], X[:, :, half:]
+    across = left.mT @ right
+    return torch.cat([torch.cat([_gram(left), across], 2), torch.cat([across.mT, _gram(right)], 2)], 1)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -545,6 +545,13 @@ def test_half_precision_is_fitted_in_single():
     assert (model[0].weight - dense[0].weight).norm() < 0.01 * dense[0].weight.norm()
 
 
+@pytest.mark.parametrize("width", [1, 7, 16, 33])
+def test_products_by_halves_are_the_products(width, monkeypatch):
+    monkeypatch.setattr(reconstruction, "SMALLEST_GRAM", 2)
+    X = torch.randn(3, 10, width, dtype=torch.float64)
+    assert_close(reconstruction._gram(X), X.mT @ X)
+
+
 def test_the_residual_is_that_of_the_normal_equations():
     assert all(fit.residual < 1e-10 for fit in fitted("mlp")[1])
     given, _ = weighting("mlp")
