@@ -123,7 +123,7 @@ def main() -> None:
                         settings = base | {"structure": structure, "start": start, "auxiliary_steps": steps}
                         if options.learning_rate:
                             settings |= {"auxiliary_learning_rate": options.learning_rate}
-                        made = FishLeg(objective.space, FishLegSettings(**settings))
+                        made = FishLeg(objective.space, FishLegSettings.model_construct(**settings))  # I/γ itself too
                         figures = made.update(objective, generator=torch.Generator().manual_seed(seed))
                         key = (structure, f"{start}, {steps} steps")
                         found.setdefault(key, []).append(compare(blocks_of(made), H, inverse))

@@ -26,6 +26,11 @@ class Identity(CurvatureEstimator):
 
     name: ClassVar[str] = "identity"
 
+    @classmethod
+    def unit(cls, settings: Any) -> Literal["loss", "other", "layer"]:
+        """Squared weights."""
+        return "other"
+
     def __init__(self, space: ParameterSpace, settings: EstimatorSettings) -> None:
         super().__init__(space, settings)
         self._like: Tensor | None = None

@@ -222,6 +222,7 @@ class Pruner:
         state = self.state
         assert state.mask is not None
         clock = _Clock(device)
+        self._refined: Metrics = {}  # what the last update while fine-tuning told
         if step.restart and state.cut is None:
             self.model.load_state_dict(self._dense)
             state.mask = Mask.full(self.space.size, device)
@@ -262,7 +263,7 @@ class Pruner:
             step=step,
             removed=state.mask.removed_count,
             damping=cut.damping,
-            curvature=cut.curvature,
+            curvature={**cut.curvature, **self._refined},
             loss=cut.loss,
             predicted_increase=cut.predicted_increase,
             measured_increase=cut.measured_increase,
@@ -385,15 +386,18 @@ class Pruner:
         training, mask, every = self.training, self.state.mask, self.finetune_settings.refine_every
         assert training is not None and mask is not None
         generator = self._generator("finetune", step.index)
+        # only where a later cut has the use of it
+        refines = bool(every) and any(s.index == step.index + 1 and not s.restart for s in self.steps)
 
         def after_each(done: int, total: int) -> None:
             self.progress("finetune", done, total)
-            if every and done % every == 0 and done < total:
+            if refines and done % every == 0 and done < total:
                 clock.lap("finetune")
                 calibration = self.calibration(self._generator(f"refine/{done}", step.index))
                 objective = Objective(self.model, self.likelihood, calibration, self.space)
                 labels = self._generator(f"refine labels/{done}", step.index, mask.kept.device)
-                self.estimator.update(objective, generator=labels)
+                figures = self.estimator.update(objective, generator=labels)
+                self._refined = {f"refined/{name}": value for name, value in figures.items()}
                 clock.lap("curvature")
 
         with _seeded(self._generator("dropout", step.index).initial_seed(), mask.kept.device):

@@ -148,6 +148,11 @@ def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
         )
     task = classes["task"]
     recipe = validated(FinetuneSettings, {**task.finetune.model_dump(), **settings.finetune}, "finetune")
+    if recipe.refine_every and not recipe.epochs:
+        raise SettingsError(
+            f"finetune.refine_every = {recipe.refine_every} updates the estimator while fine-tuning, of which there is "
+            "none; set finetune.epochs, or leave refine_every out"
+        )
     sparsity = tuple(sorted(set(settings.sparsity or task.sparsity)))
     one_cut = classes["schedule"].name == "one-shot" and settings.substeps == 1 and recipe.epochs == 0
     independent = one_cut if settings.levels == "auto" else settings.levels == "independent"

@@ -115,3 +115,8 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, message):
 def test_reconstruction_with_settings_and_no_how_is_refused():
     with pytest.raises(SettingsError, match="settings without `how` do nothing; set how=layerwise or fisher"):
         resolve({"reconstruction": {"examples": 64}}, load_registry())
+
+
+def test_updates_while_fine_tuning_without_any_are_refused():
+    with pytest.raises(SettingsError, match="refine_every = 4 .*set finetune.epochs"):
+        resolve({"finetune": {"refine_every": 4, "epochs": 0}}, load_registry())

@@ -44,7 +44,10 @@ def problem(include=None, count=96, conv=False, batch=8, dtype=torch.float64):
 
 def estimator(objective, updates=1, **settings):
     chosen = {"damping": DAMPING, "damping_scale": "absolute", "fisher": "exact", "held_out": 0.2, "auxiliary_steps": 0}
-    made = FishLeg(objective.space, FishLegSettings(**(chosen | settings)))
+    chosen |= settings
+    bare = chosen.get("start") == "identity" and not chosen["auxiliary_steps"]  # refused of users: I/γ itself
+    options = FishLegSettings.model_construct(**chosen) if bare else FishLegSettings(**chosen)
+    made = FishLeg(objective.space, options)
     generator = torch.Generator().manual_seed(0)
     figures = [made.update(objective, generator=generator) for _ in range(updates)]
     return made, figures
@@ -225,7 +228,7 @@ def test_twenty_steps_suffice_to_tell_that_a_fit_diverges():
         estimator(problem(), auxiliary_learning_rate=1e4, auxiliary_steps=20)
 
 
-@pytest.mark.parametrize("setting", [{"refresh": "auxiliary"}, {"after_cut": "learn"}])
+@pytest.mark.parametrize("setting", [{"refresh": "auxiliary"}, {"after_cut": "learn"}, {"start": "identity"}])
 def test_what_learns_by_steps_needs_some(setting):
     with pytest.raises(ValidationError, match="learns by auxiliary steps; set auxiliary_steps"):
         FishLegSettings(**setting)
@@ -298,6 +301,46 @@ def test_diagnostics_of_an_exact_inverse():
 def test_diagnostics_tell_a_poor_inverse():
     _, (figures,) = estimator(problem(), start="identity", diagnostics=True)
     assert figures["0.weight/residual"] > 0.1 and figures["0.weight/diagonal_ratio"] < 0.9
+
+
+def test_diagnostics_of_the_survivors_inverse():
+    objective = problem()
+    made, _ = estimator(objective, after_cut="learn", auxiliary_steps=1, structure="dense", diagnostics=True)
+    made.shrink(HALF)
+    fisher = dense_fisher(objective, "exact") * block_mask([info.size for info in objective.space.parameters])
+    kept = HALF.kept
+    H = fisher + made.inverse().damping * torch.eye(48, dtype=torch.float64)
+    for block, info in zip(made._blocks, objective.space.parameters, strict=True):
+        here = kept[info.slice]
+        own = H[info.slice, info.slice]
+        values, vectors = torch.linalg.eigh(torch.where(here[:, None] & here, own, torch.diag(own.diagonal())))
+        block.state |= {"q": values.reciprocal()[None], "basis0": vectors[None]}
+        block.state.pop("factor0", None)
+    told = made._diagnose(objective, torch.Generator().manual_seed(0), torch.empty(0, dtype=torch.float64))
+    assert all(v < 1e-12 for name, v in told.items() if name.endswith("/residual"))
+    assert all(abs(v + 1) < 1e-9 for name, v in told.items() if name.endswith("/auxiliary_loss"))
+    assert not any("diagonal" in name for name in told)
+
+
+def test_a_second_update_from_the_identity_keeps_its_damping():
+    objective = problem()
+    made, _ = estimator(objective, start="identity", damping_scale="relative")
+    before = made.inverse().damping
+    with torch.no_grad():
+        for parameter in objective.model.parameters():
+            parameter.mul_(3)
+    made.update(objective, generator=torch.Generator().manual_seed(1))
+    assert made.inverse().damping == before
+    assert_close(made.inverse().diagonal(), torch.full((48,), 1 / before, dtype=torch.float64))
+
+
+def test_a_bound_of_the_state_takes_the_longest_factors_away():
+    space = ParameterSpace({"wide.weight": (10, 2000), "small.weight": (300, 10)})
+    whole, bound = FishLegSettings(), FishLegSettings(state_mebibytes=2)
+    assert FishLeg.describe(space, bound) != FishLeg.describe(space, whole)
+    made = FishLeg(space, bound)
+    assert [block.view.factored for block in made._blocks] == [(True, False), (True, True)]
+    assert FishLeg.memory(space, bound) < FishLeg.memory(space, whole)
 
 
 # -- what is refused, and what it takes ----------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_a_view_of_another_size_is_refused():
         pass
 
     structure_of(Wrong)(lambda info: View(1, (2, 2)))
-    with pytest.raises(ValueError, match="does not have the 15 weights"):
+    with pytest.raises(SettingsError, match="a View of its 15 weights was needed"):
         views(Wrong(5, 3))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
@@ -48,14 +49,15 @@ class FishLegSettings(EstimatorSettings):
     refresh: Literal["moments", "auxiliary"] = Field(
         "moments",
         description="later updates: assimilate new moments in closed form, then refine; or auxiliary steps alone, in "
-        "which Adam goes on where it was",
+        "which Adam goes on where it was, at the damping of the first update",
     )
     decay: float = Field(
         0.2, ge=0, lt=1, description="weight of what was known when new moments are assimilated; 0: afresh"
     )
     after_cut: Literal["condition", "learn"] = Field(
         "condition",
-        description="condition the full inverse on removed weights at removal, or learn that of the survivors",
+        description="condition the full inverse on removed weights at removal, or learn that of the survivors, which "
+        "was worse wherever it was tried",
     )
     auxiliary_steps: int = Field(0, ge=0, description="at most so many for each update, not counting undone ones")
     auxiliary_learning_rate: float = Field(1e-3, gt=0, description="Adam's, on log q and on relative factors")
@@ -70,11 +72,16 @@ class FishLegSettings(EstimatorSettings):
         False, description="hold out examples, and report for each tensor what `FishLeg.update` says it returns"
     )
     max_factor: int = Field(8192, ge=1, description="longer sides of a tensor are taken coordinate by coordinate")
-    dense_below: int = Field(0, ge=0, description="tensors of at most so many weights get one dense block")
+    dense_below: int = Field(
+        0, ge=0, description="weights of at most so many, of layers with a rule, get one dense block"
+    )
+    state_mebibytes: int | None = Field(
+        None, ge=1, description="bound of the state: longer sides lose their factors until it holds; null: none"
+    )
 
     @model_validator(mode="after")
     def _steps_where_they_are_needed(self) -> Self:
-        for name, value in (("refresh", "auxiliary"), ("after_cut", "learn")):
+        for name, value in (("refresh", "auxiliary"), ("after_cut", "learn"), ("start", "identity")):
             if getattr(self, name) == value and not self.auxiliary_steps:
                 raise ValueError(f"{name}={value} learns by auxiliary steps; set auxiliary_steps, 20 for example")
         return self
@@ -145,6 +152,9 @@ class FishLeg(CurvatureEstimator):
         figures, operator, gamma = {}, self.inverse().operator, self._fitted
         shape = (self.space.size, self.settings.probes)
         u = torch.randn(shape, generator=generator, device=generator.device).to(like)
+        kept = self._kept if self.settings.after_cut == "learn" else None  # then Q is of the survivors alone
+        inside = 1.0 if kept is None else kept.to(like)[:, None]
+        u = u * inside
         V = operator @ u
         image, squares, count = torch.zeros_like(V), torch.zeros_like(u[:, 0]), held.count()
         for rows in self._rows(held, generator):
@@ -152,17 +162,21 @@ class FishLeg(CurvatureEstimator):
             for info in self.space.parameters:
                 part = rows[:, info.slice]
                 image[info.slice] += part.mT @ (part @ V[info.slice]) / count
-        HV = image + gamma * V
+        HV = inside * image + gamma * V
         r = HV - u
         Qr, model = operator @ r, operator.inverse_diagonal()
         for info in self.space.parameters:
             at = info.slice
             energy = float((u[at] * V[at]).sum())
-            logs = torch.stack([model[at], squares[at] + gamma]).double().log()
+            if not energy > 0:  # removed whole
+                continue
             figures[f"{info.name}/residual"] = float((r[at] * Qr[at]).sum()) / energy
             figures[f"{info.name}/auxiliary_loss"] = (float((V[at] * HV[at]).sum()) - 2 * energy) / energy
-            figures[f"{info.name}/diagonal_correlation"] = float(torch.corrcoef(logs)[0, 1])
-            figures[f"{info.name}/diagonal_ratio"] = float((logs[0] - logs[1]).mean().exp())
+            if kept is None:  # diag (Q_SS)⁻¹ is not known
+                logs = torch.stack([model[at], squares[at] + gamma]).double().log()
+                if bool((logs.std(1) > 0).all()):
+                    figures[f"{info.name}/diagonal_correlation"] = float(torch.corrcoef(logs)[0, 1])
+                figures[f"{info.name}/diagonal_ratio"] = float((logs[0] - logs[1]).mean().exp())
         return figures
 
     def _assimilate(self, objective: Objective, generator: torch.Generator, like: Tensor) -> None:
@@ -179,12 +193,13 @@ class FishLeg(CurvatureEstimator):
                     block.gather_bases(part, total)
         mean = trace / count / self.space.size
         self._mean_diagonal = mean if self._fitted is None else decay * self._mean_diagonal + (1 - decay) * mean
-        self._fitted = self.resolve_damping(None, self._mean_diagonal)
         if identity:
-            for block in self._blocks:
-                if not block.state:
+            if self._fitted is None:  # later, q goes on from where steps left it, and so does its γ
+                self._fitted = self.resolve_damping(None, self._mean_diagonal)
+                for block in self._blocks:
                     block.identity(self._fitted, like)
             return
+        self._fitted = self.resolve_damping(None, self._mean_diagonal)
         for block, total in zip(self._blocks, totals, strict=True):
             block.set_bases(total, count, decay, like.dtype)
         generator.set_state(labels)  # the same sampled labels: the basis and its spectrum belong together
@@ -318,10 +333,7 @@ class FishLeg(CurvatureEstimator):
         size, longest = space.size, max(block.size for block in blocks)
         carried = settings.refresh == "auxiliary" and settings.auxiliary_steps > 0
         parameters = 4 * (factors + size)
-        # Bases and trained factors; spectrum, q and the kept weights, an outer diagonal; Adam's moments.
-        trained = settings.auxiliary_steps > 0 and settings.structure != "frozen"
-        state = 4 * (1 + trained) * factors + (4 + 4 + 1) * size + 2 * carried * parameters
-        state += 8 * size * (settings.structure == "outer")
+        state = _state_bytes(blocks, settings)
         # By tensor, in one piece, and those of the batch before; copies of one tensor's in products.
         rows = 4 * settings.batch_size * 3 * (size + longest)
         # Sums in float64; an eigendecomposition in float64 with its workspace, and the mean, mix and turn around it.
@@ -335,8 +347,27 @@ class FishLeg(CurvatureEstimator):
 
 
 def _blocks(space: ParameterSpace, settings: FishLegSettings) -> list[Block]:
-    limits = {"max_factor": settings.max_factor, "dense_below": settings.dense_below}
-    return [Block(view(info, settings.structure, **limits), settings.structure) for info in space.parameters]
+    def made(max_factor: int) -> list[Block]:
+        limits = {"max_factor": max_factor, "dense_below": settings.dense_below}
+        return [Block(view(info, settings.structure, **limits), settings.structure) for info in space.parameters]
+
+    blocks = made(settings.max_factor)
+    if settings.state_mebibytes is None:
+        return blocks
+    sides = sorted({0, *(block.view.modes[i] for block in blocks for i in block.factored)})
+    bound = settings.state_mebibytes << 20
+    largest = bisect_left(sides, True, key=lambda side: _state_bytes(made(side), settings) > bound)
+    return made(sides[max(largest - 1, 0)])
+
+
+def _state_bytes(blocks: Sequence[Block], settings: FishLegSettings) -> int:
+    """Bytes of `state_dict`, of a model in float32."""
+    factors, size = sum(sum(block.factor_sizes) for block in blocks), sum(block.size for block in blocks)
+    carried = settings.refresh == "auxiliary" and settings.auxiliary_steps > 0
+    # Bases and trained factors; spectrum, q and the kept weights, an outer diagonal; Adam's moments.
+    trained = settings.auxiliary_steps > 0 and settings.structure != "frozen"
+    state = 4 * (1 + trained) * factors + (4 + 4 + 1) * size + 2 * carried * 4 * (factors + size)
+    return state + 8 * size * (settings.structure == "outer")
 
 
 def _held_out(batches: int, settings: FishLegSettings) -> int:

@@ -114,8 +114,12 @@ def view(info: ParameterInfo, structure: Structure, *, max_factor: int, dense_be
     # A space that was made from shapes alone names no layers; its matrices are taken for what they mostly are.
     rule = _outputs_by_inputs if info.layer is None else _RULES.get(info.layer)
     found = None if rule is None or len(info.shape) < 2 or structure == "diagonal" else rule(info)
-    if found is not None and found.size != size:
-        raise ValueError(f"the view {found} of '{info.name}' does not have the {size} weights of {info.shape}")
+    if found is not None and not (isinstance(found, View) and found.size == size):
+        name = getattr(rule, "__name__", rule)
+        raise SettingsError(
+            f"the rule {name} returned {found} for '{info.name}' of shape {info.shape}; a View of its {size:,} "
+            "weights was needed, or None"
+        )
     if found is None:
         return View(1, (size,), (False,))
     if structure == "dense" and size > max_factor:
