@@ -195,6 +195,9 @@ def _sentence(model: type[BaseModel], item: Any, where: str) -> str:
     if not path:
         return str(item["msg"])
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "model_type":
+        word = f", or one word for its '{SHORTHAND[path]}'" if path in SHORTHAND else ""
+        message = f"a mapping of settings is needed{word}"
     return f"{path} = {item['input']!r} is not valid: {message[0].lower()}{message[1:]}"
 
 

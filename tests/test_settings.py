@@ -120,3 +120,8 @@ def test_reconstruction_with_settings_and_no_how_is_refused():
 def test_updates_while_fine_tuning_without_any_are_refused():
     with pytest.raises(SettingsError, match="refine_every = 4 .*set finetune.epochs"):
         resolve({"finetune": {"refine_every": 4, "epochs": 0}}, load_registry())
+
+
+def test_a_section_that_is_no_mapping_is_told_what_it_can_be():
+    with pytest.raises(SettingsError, match="reconstruction = True is not valid: a mapping .*one word for its 'how'"):
+        resolve({"reconstruction": True}, load_registry())
