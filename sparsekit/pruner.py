@@ -65,7 +65,18 @@ class LayerReconstructed:
 
 @dataclass(frozen=True)
 class Cut:
-    """What is known of a step once its weights are removed: plain data, see `StepCompleted`."""
+    """What is known of a step once its weights are removed: plain data.
+
+    Attributes:
+        damping: γ of the inverse used.
+        curvature: figures of the estimator, empty without a refresh.
+        loss: the mean over the calibration examples before the cut.
+        predicted_increase, measured_increase: of that loss, by this cut, before any reconstruction: the quadratic
+            model speaks of the cut and its compensation.
+        iterations, residual: of the joint solve.
+        fell_back: whether joint compensation came out worse than none, which was applied instead.
+        seconds: by phase.
+    """
 
     damping: float
     curvature: Metrics
@@ -75,7 +86,7 @@ class Cut:
     iterations: int
     residual: float
     fell_back: bool
-    seconds: dict[str, float]
+    seconds: Metrics
 
 
 @dataclass(frozen=True)
@@ -94,40 +105,23 @@ class Reconstructed:
 
 
 @dataclass(frozen=True)
-class StepCompleted:
+class StepCompleted(Cut):
     """A step is over; the model and the mask are what a checkpoint should hold.
 
     Attributes:
         step: the plan's step.
         removed: weights removed in all.
-        damping: γ of the inverse used.
-        curvature: figures of the estimator, empty without a refresh.
-        loss: the mean over the calibration examples before the cut.
-        predicted_increase, measured_increase: of that loss, by this cut, before any reconstruction: the quadratic
-            model speaks of the cut and its compensation.
-        iterations, residual: of the joint solve.
-        fell_back: whether joint compensation came out worse than none, which was applied instead.
         reconstruction: what it did; None without.
         pruned, finetuned: metrics after each phase, where measured.
         layer_sparsity: by parameter.
-        seconds: by phase.
     """
 
     step: Step
     removed: int
-    damping: float
-    curvature: Metrics
-    loss: float
-    predicted_increase: float
-    measured_increase: float
-    iterations: int
-    residual: float
-    fell_back: bool
     reconstruction: Reconstructed | None
     pruned: Metrics | None
     finetuned: Metrics | None
     layer_sparsity: Metrics
-    seconds: Metrics
 
 
 Event = DenseMeasured | PhaseStarted | LayerReconstructed | StepCompleted
@@ -256,25 +250,18 @@ class Pruner:
             clock.lap("measure")
         cut = state.cut
         seconds = {
-            phase: cut.seconds.get(phase, 0) + clock.seconds.get(phase, 0) for phase in cut.seconds | clock.seconds
+            phase: cut.seconds.get(phase, 0) + clock.seconds.get(phase, 0) for phase in {**cut.seconds, **clock.seconds}
         }
         state.next_step, state.cut, state.fits = step.index + 1, None, ()
+        known = vars(cut) | {"curvature": {**cut.curvature, **self._refined}, "seconds": seconds}
         yield StepCompleted(
             step=step,
             removed=state.mask.removed_count,
-            damping=cut.damping,
-            curvature={**cut.curvature, **self._refined},
-            loss=cut.loss,
-            predicted_increase=cut.predicted_increase,
-            measured_increase=cut.measured_increase,
-            iterations=cut.iterations,
-            residual=cut.residual,
-            fell_back=cut.fell_back,
             reconstruction=reconstructed,
             pruned=pruned,
             finetuned=finetuned,
             layer_sparsity={info.name: Mask(state.mask.kept[info.slice]).sparsity for info in self.space.parameters},
-            seconds=seconds,
+            **known,
         )
 
     def _remove(self, step: Step, objective: Objective, clock: _Clock) -> Iterator[Event]:

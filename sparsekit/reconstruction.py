@@ -240,12 +240,11 @@ class Reconstruction:
     def run(self, skip: int = 0, progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[LayerFit]:
         """Fit layer after layer; after each, the model holds all that was fitted so far.
 
+        A layer that cannot be fitted stays as it was, and its `LayerFit.left` says why.
+
         Args:
             skip: layers that an earlier, interrupted run has fitted; the model holds them.
             progress: called with (layers done, layers in all).
-
-        Raises:
-            CurvatureError: a regression cannot be solved.
         """
         limit = self._settings.cache_mebibytes << 20
         replays = {which: Replay(network, limit // 2) for which, network in self._networks.items()}
@@ -261,9 +260,9 @@ class Reconstruction:
         progress(len(self), len(self))
 
     # -- what runs -----------------------------------------------------------------------------------------
-    def _inputs(self) -> Iterator[tuple[Tensor, int]]:
-        for inputs, _ in pairs(self._batches, next(self._networks["pruned"].parameters()).device):
-            yield inputs, len(inputs)
+    def _inputs(self) -> Iterator[Tensor]:
+        device = next(self._networks["pruned"].parameters()).device
+        return (inputs for inputs, _ in pairs(self._batches, device))
 
     def _calls(self, which: str) -> tuple[list[Call], dict[Piece, Norm]]:
         """All calls of a pass over the first batch, and the normalisations that follow."""
@@ -276,7 +275,7 @@ class Reconstruction:
 
         mode = self._modes[which]
         mode.normed = lambda call, norm: norms.update({call.weight: norm})
-        self._pass(which, next(self._inputs())[0], seen)
+        self._pass(which, next(self._inputs()), seen)
         mode.normed = lambda call, norm: None
         return found, norms
 
@@ -346,10 +345,10 @@ class Reconstruction:
         fitted, held = _Moments(B), _Moments(B)
         try:
             self._distrust(layer, replays)
-            for number, (inputs, examples) in enumerate(self._inputs()):
+            for number, inputs in enumerate(self._inputs()):
                 generator = torch.Generator().manual_seed((self._seed * 100_003 + index * 1009 + number) % 2**63)
                 moments = fitted if number < len(self._batches) - self._held else held
-                self._gather(layer, number, inputs, examples, generator, replays, moments)
+                self._gather(layer, number, inputs, generator, replays, moments)
             new, scale, iterations, residual = self._solve(layer, W, B, fitted)
         except (CurvatureError, ModelError) as error:
             return LayerFit(name, nan, nan, nan, nan, 0, nan, time.perf_counter() - begun, str(error))
@@ -402,7 +401,7 @@ class Reconstruction:
         replay = replays["pruned"]
         if not replay.limit:
             return
-        inputs, _ = next(self._inputs())
+        inputs = next(self._inputs())
         computed, replayed = (self._uses(layer, inputs, replay, batch) for batch in (None, 0))
         same = [a.shape == b.shape and _close(a, b) for a, b in zip(computed, replayed, strict=False)]
         if len(computed) != len(replayed) or not all(same):
@@ -432,7 +431,6 @@ class Reconstruction:
         layer: _Layer,
         number: int,
         inputs: Tensor,
-        examples: int,
         generator: torch.Generator,
         replays: Mapping[str, Replay],
         moments: _Moments,
@@ -446,7 +444,7 @@ class Reconstruction:
             output = compute()
             if call.weight == layer.piece:
                 replays["dense"].settled = False
-                positions = call.positions(self._settings.positions, examples, generator)
+                positions = call.positions(self._settings.positions, len(inputs), generator)
                 places.append(positions)
                 extents.append(call.input.shape)
                 targets.append(call.outputs(output.detach(), positions))
@@ -491,8 +489,6 @@ class Reconstruction:
         if B is not None:
             outer, V = torch.linalg.eigh(B)
         spectrum = outer.clamp_min(0)[:, :, None] * inner.clamp_min(0)[:, None, :] + ridge
-        if not bool((spectrum > 0).all()):
-            raise CurvatureError("the second moments of the inputs are singular")
         return KroneckerDiagonal([V, U], spectrum.reciprocal(), orthogonal=True)
 
     def _weights_of_outputs(self, layer: _Layer, W: Tensor) -> Tensor | None:
