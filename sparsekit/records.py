@@ -216,7 +216,7 @@ def _check_kept(kept: Mapping[str, Tensor], space: ParameterSpace, source: str) 
 
 
 class RunDirectory:
-    """The folder `root/<task>-<estimator>-<key[:12]>` and the files in it.
+    """The folder of one run, `root/<task>-<estimator>-<key[:12]>`, and the files in it.
 
     Each file is written to a temporary name and renamed, so that a reader sees whole files only.
 
@@ -224,10 +224,15 @@ class RunDirectory:
         path: the folder; made when something is first written.
     """
 
-    def __init__(self, root: Path, task: str, estimator: str, key: str) -> None:
-        self.path = Path(root) / f"{task}-{estimator}-{key[:12]}"
+    def __init__(self, path: Path) -> None:
+        self.path = path
         # Beside the folder, so that --fresh can remove the folder while it holds the lock.
-        self._lock_path = Path(root) / ".locks" / f"{self.path.name}.lock"
+        self._lock_path = path.parent / ".locks" / f"{path.name}.lock"
+
+    @classmethod
+    def of(cls, root: Path, task: str, estimator: str, key: str) -> RunDirectory:
+        """The folder that a run has under `root`."""
+        return cls(Path(root) / f"{task}-{estimator}-{key[:12]}")
 
     @contextmanager
     def lock(self) -> Iterator[None]:

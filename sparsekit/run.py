@@ -167,7 +167,7 @@ def execute(
     model = task.model().to(device)
     prepared = time.perf_counter() - started
     identity = run_identity(resolved, registry, task, model, device)
-    directory = RunDirectory(Path(settings.output), task.name, estimator.name, run_key(identity))
+    directory = RunDirectory.of(Path(settings.output), task.name, estimator.name, run_key(identity))
     uri = resolve_uri(settings.tracking.uri, Path(settings.output)) if settings.tracking.enabled else None
     with directory.lock():
         found = None if fresh else directory.read()

@@ -85,7 +85,7 @@ def record(**changes):
 
 @pytest.fixture
 def run(tmp_path):
-    return RunDirectory(tmp_path / "runs", "digits", "obs", "0123456789abcdef")
+    return RunDirectory.of(tmp_path / "runs", "digits", "obs", "0123456789abcdef")
 
 
 def refuse(number, message):
@@ -217,7 +217,7 @@ def test_a_failed_write_names_path_and_cause(tmp_path, monkeypatch):
 def test_a_file_in_the_place_of_the_folder_is_a_record_error(tmp_path):
     (tmp_path / "runs").write_text("in the way")
     with pytest.raises(RecordError, match="cannot write"):
-        RunDirectory(tmp_path / "runs", "digits", "obs", "0" * 64).write(record())
+        RunDirectory.of(tmp_path / "runs", "digits", "obs", "0" * 64).write(record())
 
 
 def test_written_files_are_as_shared_as_the_umask_says(tmp_path):
@@ -370,13 +370,13 @@ def test_a_discarded_run_is_gone(run):
 
 
 def test_a_locked_run_is_refused_to_others(run, tmp_path):
-    other = RunDirectory(tmp_path / "runs", "digits", "obs", "0123456789abcdef")
+    other = RunDirectory.of(tmp_path / "runs", "digits", "obs", "0123456789abcdef")
     with run.lock(), pytest.raises(RecordError, match="another process is working on this run"), other.lock():
         pass
 
 
 def _hold(root, held, done):
-    with RunDirectory(root, "digits", "obs", "0123456789abcdef").lock():
+    with RunDirectory.of(root, "digits", "obs", "0123456789abcdef").lock():
         held.set()
         done.wait(30)
 
@@ -417,6 +417,6 @@ def test_an_error_of_the_run_is_not_taken_for_one_of_the_lock(run):
 
 def test_a_lock_that_cannot_be_made_is_a_record_error(tmp_path):
     (tmp_path / "runs").write_text("in the way")
-    lock = RunDirectory(tmp_path / "runs", "digits", "obs", "0" * 64).lock()
+    lock = RunDirectory.of(tmp_path / "runs", "digits", "obs", "0" * 64).lock()
     with pytest.raises(RecordError, match="cannot lock"), lock:
         pass
