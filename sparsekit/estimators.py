@@ -214,8 +214,24 @@ class BlockFisher(CurvatureEstimator):
         """Float64 where float32 would lose too much at this damping, as far as some rows (b, n) tell."""
         squares = rows.double().square().mean(0)
         spread = float(torch.segment_reduce(squares, "sum", lengths=self._lengths.to(rows.device)).max())
-        gamma = self.settings.damping * (float(squares.mean()) if self.settings.damping_scale == "relative" else 1.0)
-        return rows.dtype if spread < SINGLE_PRECISION_RANGE * gamma else torch.float64
+        return rows.dtype if self._single(spread, float(squares.mean())) else torch.float64
+
+    def _single(self, spread: float, mean_diagonal: float) -> bool:
+        """Whether float32 will do; `spread` is the largest tr F_b."""
+        scale = mean_diagonal if self.settings.damping_scale == "relative" else 1.0
+        return spread < SINGLE_PRECISION_RANGE * self.settings.damping * scale
+
+    def adopt(self, state: Mapping[str, Tensor]) -> bool:
+        """Not where the sums of the blocks are of another precision than this damping asks for.
+
+        Too much of it would do no harm, but then a run's last digits would depend on which runs were beside it.
+        """
+        blocks = state.get("blocks")
+        if blocks is not None:
+            spread = float(blocks.diagonal(dim1=1, dim2=2).sum(1).max())
+            if self._single(spread, float(state["mean_diagonal"])) != (blocks.dtype == torch.float32):
+                return False
+        return super().adopt(state)
 
     def _take_rows(self, rows: Iterable[Tensor], count: int, objective: Objective) -> int:
         self._rows = None  # freed before as much again is allocated

@@ -101,6 +101,23 @@ class CurvatureEstimator(ABC):
         return device
 
     @classmethod
+    def statistics(cls, settings: Any) -> Mapping[str, Any]:
+        """The settings that decide what a first `update` leaves behind: all but the damping.
+
+        Estimators that agree in them, and saw the same examples at the same weights, may share it by `adopt`.
+        """
+        out: dict[str, Any] = settings.model_dump(mode="json", exclude={"damping", "damping_scale"})
+        return out
+
+    def adopt(self, state: Mapping[str, Tensor]) -> bool:
+        """Take over what the first `update` of another estimator with the same `statistics` has left behind.
+
+        Afterwards this one is as after its own update. False, and unchanged, where that cannot be had at its damping.
+        """
+        self.load_state_dict(state)
+        return True
+
+    @classmethod
     @abstractmethod
     def memory(cls, space: ParameterSpace, settings: Any) -> int:
         """Bytes of the state and the largest temporary, before anything is allocated."""

@@ -146,6 +146,12 @@ class PrunerState:
     fits: tuple[LayerFit, ...] = ()
 
 
+def _update(
+    step: Step, estimator: CurvatureEstimator, objective: Objective, generator: torch.Generator
+) -> Mapping[str, float]:
+    return estimator.update(objective, generator=generator)
+
+
 @dataclass
 class Pruner:
     """Prunes a model in place along a plan.
@@ -162,6 +168,7 @@ class Pruner:
         measure: model -> metrics.
         reconstruction, anchors: how layers are fitted after a cut; generator -> the batches that they are fitted on.
         finetune_settings, training, training_batches: the recipe; generator -> an epoch's batches; how many those are.
+        update: (step, estimator, objective, generator) -> figures; what has the estimator see a step's examples.
         progress: called with (phase, done, total) on long work.
     """
 
@@ -181,6 +188,7 @@ class Pruner:
     finetune_settings: FinetuneSettings = field(default_factory=FinetuneSettings)
     training: Callable[[torch.Generator], Iterable[Batch]] | None = None
     training_batches: int = 0
+    update: Callable[[Step, CurvatureEstimator, Objective, torch.Generator], Metrics] = _update
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
     state: PrunerState = field(default_factory=PrunerState)
 
@@ -270,7 +278,7 @@ class Pruner:
         curvature: Metrics = {}
         if step.refresh:
             generator = self._generator("labels", step.index, objective.device)
-            curvature = self.estimator.update(objective, generator=generator)
+            curvature = self.update(step, self.estimator, objective, generator)
         inverse = self.estimator.inverse()
         clock.lap("curvature")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from sparsekit.records import LevelRecord, RunDirectory, RunRecord, StepRecord, 
 from sparsekit.registry import Registry
 from sparsekit.schedules import Step, plan
 from sparsekit.settings import ResolvedRun
+from sparsekit.sharing import SharedStatistics
 from sparsekit.tracking import NullTracker, Tracker, initialise, resolve_uri
 
 #: Seconds between checkpoints within a step, whose layers are reconstructed one by one.
@@ -130,13 +131,15 @@ def execute(
     *,
     resume: bool = False,
     fresh: bool = False,
+    shared: SharedStatistics | None = None,
     listener: Listener = lambda event: None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Outcome:
     """Do a run, or the rest of it.
 
     A finished run with the same identity is not done again. An interrupted one is an error unless `resume` (go
-    on after its last whole step) or `fresh` (throw away what there is) is given.
+    on after its last whole step) or `fresh` (throw away what there is) is given. What the first update leaves behind
+    is taken from `shared` where an earlier run of this process has left it there, and left there for later ones.
 
     Raises:
         SparsekitError: anything a user can mend.
@@ -207,7 +210,7 @@ def execute(
             dense={},
             seconds={"prepare": prepared},
         )
-        driver = _Driver(resolved, task, model, shown.space, estimator, directory, record, uri)
+        driver = _Driver(resolved, task, model, shown.space, estimator, directory, record, uri, shared)
         finished = driver.run(resume and found is not None, listener, progress)
     return Outcome(finished, directory.path, False, uri)
 
@@ -231,9 +234,10 @@ class _Driver:
         directory: RunDirectory,
         record: RunRecord,
         uri: str | None,
+        shared: SharedStatistics | None,
     ) -> None:
         self.resolved, self.task, self.space = resolved, task, space
-        self.directory, self.record, self.uri = directory, record, uri
+        self.directory, self.record, self.uri, self.shared = directory, record, uri, shared
         self.model, self.estimator = model, estimator
         self.plan = planned(resolved)
         self.saved = time.perf_counter()  # when the last checkpoint was written
@@ -288,6 +292,15 @@ class _Driver:
         def training(generator: torch.Generator) -> Iterable[Batch]:
             return task.batches("train", batch_size=resolved.finetune.batch_size, generator=generator, augment=True)
 
+        key = SharedStatistics.key(self.record.identity, type(self.estimator), options)
+
+        def update(
+            step: Step, estimator: CurvatureEstimator, objective: Objective, labels: torch.Generator
+        ) -> Mapping[str, float]:
+            if self.shared is None or step.index > 0:
+                return estimator.update(objective, generator=labels)
+            return self.shared.update(key, estimator, objective, labels)
+
         return Pruner(
             model=self.model,
             space=self.space,
@@ -305,6 +318,7 @@ class _Driver:
             finetune_settings=resolved.finetune,
             training=training,
             training_batches=math.ceil(task.size("train") / resolved.finetune.batch_size),
+            update=update,
             progress=progress,
         )
 

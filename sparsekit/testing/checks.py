@@ -39,6 +39,7 @@ _CHECKS: tuple[Check, ...] = (
     lifecycle.check_determinism,
     lifecycle.check_state_round_trip,
     lifecycle.check_resume,
+    lifecycle.check_adopt,
     lifecycle.check_shrink,
     lifecycle.check_another_damping,
     lifecycle.check_damping_is_not_kept,

@@ -113,6 +113,22 @@ def check_resume(case: Case) -> None:
     assert_identical("an update after resuming against one without interruption", *found)
 
 
+def check_adopt(case: Case) -> None:
+    """What another damping's update left behind serves as well as an update of one's own, bitwise, where adopted."""
+    objective = case.objective()
+    mine = case.made(objective)
+    settings = mine.settings
+    other = case.made(objective, damping=3 * settings.damping)
+    if mine.statistics(settings) != mine.statistics(other.settings):
+        return
+    other.update(objective, generator=torch.Generator().manual_seed(0))
+    if mine.adopt(_stored(other)):
+        own = case.updated(objective)
+        assert_identical("Σ from another's statistics", {"Σ": dense(mine.inverse())}, {"Σ": dense(own.inverse())})
+        if mine.inverse().damping != own.inverse().damping:
+            raise AssertionError(f"adopted, the damping is {mine.inverse().damping}, not {own.inverse().damping}")
+
+
 def check_shrink(case: Case) -> None:
     """After `shrink` Σ still serves: before and after a refresh it cuts again, and the full mask brings it back."""
     objective = case.objective()

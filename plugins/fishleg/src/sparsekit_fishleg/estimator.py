@@ -302,6 +302,22 @@ class FishLeg(CurvatureEstimator):
         self._kept = state.get("kept")
 
     @classmethod
+    def statistics(cls, settings: Any) -> Mapping[str, Any]:
+        """With the damping too, where Q was fitted at it and not only closed in it."""
+        closed = settings.start == "eigenbasis" and not (settings.auxiliary_steps or settings.diagnostics)
+        return super().statistics(settings) if closed else settings.model_dump(mode="json")
+
+    def adopt(self, state: Mapping[str, Tensor]) -> bool:
+        """Moments and bases are taken over as they are; Q is closed anew where the damping is another one."""
+        self.load_state_dict(state)
+        gamma = self.resolve_damping(None, self._mean_diagonal)
+        if gamma != self._fitted:
+            self._fitted = gamma
+            for block in self._blocks:
+                block.closed_form(gamma)
+        return True
+
+    @classmethod
     def check(cls, model: nn.Module, space: ParameterSpace, settings: Any, available: Memory) -> None:
         """Also refuse a calibration set of which nothing is left to learn from once a share is held out."""
         count = -(-settings.examples // settings.batch_size)
