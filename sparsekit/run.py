@@ -20,6 +20,7 @@ from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.provenance import available_memory, machine, now, peak_memory, plugins_used
 from sparsekit.provenance import identity as run_identity
 from sparsekit.pruner import Cut, DenseMeasured, Event, LayerReconstructed, Pruner, PrunerState, StepCompleted
+from sparsekit.publish import begin, conclude, step_metrics
 from sparsekit.reconstruction import LayerFit, Reconstruction
 from sparsekit.records import LevelRecord, RunDirectory, RunRecord, StepRecord, run_key
 from sparsekit.registry import Registry
@@ -404,7 +405,7 @@ class _Driver:
             self._write_result(pruner)
         self._checkpoint(pruner)  # first the checkpoint, then the record that speaks of it
         self.directory.write(self.record)
-        tracker.metrics(_step_metrics(step, record.parameters["prunable"]), step=event.step.index)
+        tracker.metrics(step_metrics(step, record.parameters["prunable"]), step=event.step.index)
 
     def _level(self, event: StepCompleted, steps: list[StepRecord]) -> LevelRecord:
         level = event.step.level
@@ -431,30 +432,14 @@ class _Driver:
     def _start_tracking(self) -> NullTracker:
         if self.uri is None:
             return NullTracker()
-        record = self.record
         tracker = Tracker(self.uri, self.resolved.settings.tracking.experiment)
-        tags = {"task": record.task, "estimator": record.estimator, "key": record.key}
-        tags |= {f"plugin.{p['name']}": f"{p['distribution']} {p['version']}" for p in record.plugins}
-        tracker.start(self.directory.path.name, record.settings, tags, self.tracked)
+        begin(tracker, self.record, self.directory, self.tracked)
         self.tracked = tracker.run_id
-        tracker.artifact(self.directory.path / "run.yaml")
         return tracker
 
     def _finish(self, pruner: Pruner, tracker: NullTracker) -> None:
-        record = self.record
-        final: dict[str, float] = {f"dense_{k}": v for k, v in record.dense.items()}
-        if record.levels:
-            last = record.levels[-1]
-            final |= {"sparsity": last.achieved, "predicted_increase": last.predicted_increase}
-            final |= {"measured_increase": last.measured_increase}
-            final |= {f"pruned_{k}": v for k, v in last.pruned.items()}
-            final |= {f"finetuned_{k}": v for k, v in (last.finetuned or {}).items()}
-        final |= {f"seconds_{k}": v for k, v in record.seconds.items()}
-        final["peak_memory_bytes"] = float(record.peak_memory_bytes)
-        tracker.final(final)
-        for name in ("weights.safetensors", "mask.safetensors"):
-            tracker.artifact(self.directory.path / name)
-        degraded = list(record.degraded)
+        conclude(tracker, self.record, self.directory)
+        degraded = list(self.record.degraded)
         if tracker.failure is not None:
             degraded.append(f"tracking: {tracker.failure}")
         self._update(status="finished", finished=now(), degraded=degraded)
@@ -483,21 +468,3 @@ def _degraded(event: StepCompleted, how: CompensationSettings) -> list[str]:
             "network; use a larger estimator.damping, or compensation.first_order < 1 (and the saliency's)"
         )
     return found
-
-
-def _step_metrics(step: StepRecord, prunable: int) -> dict[str, float]:
-    out = {
-        "sparsity": step.removed / prunable,
-        "damping": step.damping,
-        "predicted_increase": step.predicted_increase,
-        "measured_increase": step.measured_increase,
-        "removal/iterations": float(step.iterations),
-        "removal/residual": step.residual,
-    }
-    for group in ("curvature", "pruned", "finetuned", "seconds"):
-        out |= {f"{group}/{key}": value for key, value in (getattr(step, group) or {}).items()}
-    if step.reconstruction is not None:
-        out["reconstruction/increase"] = step.reconstruction.increase
-        for fit in step.reconstruction.layers:
-            out[f"reconstruction/error/{fit.name}"] = fit.error_after
-    return out
