@@ -34,6 +34,10 @@ class RecordError(SparsekitError):
     """A run's directory cannot be read, written or resumed."""
 
 
+class DamagedError(RecordError):
+    """A file that a run has written is not whole any more; what it held can only be made again."""
+
+
 def unknown_name(kind: str, given: str, known: Iterable[str], hint: str = "") -> str:
     """The sentence for a name that is not known: the nearest known name, and all of them."""
     names = sorted(known)

@@ -20,10 +20,15 @@ from sparsekit.registry import Registry
 from sparsekit.settings import COMPONENTS, ResolvedRun
 
 
+def sources(task: Task, model: nn.Module) -> dict[str, str]:
+    """Hashes of what a run starts from: `weights` of the dense network, and `data`."""
+    return {"weights": _hash_tensors(model.state_dict()), "data": task.fingerprint()}
+
+
 def identity(
-    resolved: ResolvedRun, registry: Registry, task: Task, model: nn.Module, device: torch.device
+    resolved: ResolvedRun, registry: Registry, found: Mapping[str, str], device: torch.device
 ) -> dict[str, Any]:
-    """All that determines the result, and nothing else."""
+    """All that determines the result, and nothing else; `found` is of `sources`."""
     settings = resolved.as_dict()
     for key in ("output", "tracking", "preset"):  # what a preset sets is written out
         del settings[key]
@@ -32,8 +37,7 @@ def identity(
         settings["task"].pop(key, None)
     return {
         "settings": settings,
-        "weights": _hash_tensors(model.state_dict()),
-        "data": task.fingerprint(),
+        **found,
         "plugins": plugins_used(resolved, registry),
         "schema": SCHEMA_VERSION,
         "interface": INTERFACE_VERSION,

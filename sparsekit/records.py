@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsekit.errors import RecordError
+from sparsekit.errors import DamagedError, RecordError
 from sparsekit.parameters import ParameterSpace
 
 #: Raised whenever a field below changes its name, meaning or unit; part of every run's identity.
@@ -264,7 +264,8 @@ class RunDirectory:
         """The record, or None where there is none.
 
         Raises:
-            RecordError: the record is damaged, or of another schema version.
+            DamagedError: it is not a whole record.
+            RecordError: it cannot be read, or is of another schema version.
         """
         try:
             content = self.record_path.read_bytes()
@@ -276,7 +277,7 @@ class RunDirectory:
             version = json.loads(content)["schema_version"]
             record = RunRecord.model_validate_json(content) if version == SCHEMA_VERSION else None
         except (ValueError, KeyError, TypeError) as error:
-            raise RecordError(
+            raise DamagedError(
                 f"{self.record_path} is not a whole record ({type(error).__name__}); "
                 f"start the run again with --fresh, or remove {self.path}"
             ) from error
@@ -332,7 +333,7 @@ class RunDirectory:
         """(step, tensors, meta) of the newest whole checkpoint, or None where there is none.
 
         Raises:
-            RecordError: there are checkpoints and none of them is whole.
+            DamagedError: there are checkpoints and none of them is whole.
         """
         found = self.checkpoint_path.glob("*.safetensors")
         paths = sorted(found, key=lambda path: (len(path.name), path.name), reverse=True)
@@ -345,7 +346,7 @@ class RunDirectory:
             except OSError as error:
                 raise RecordError(f"cannot read the checkpoint {path}: {error}") from error
         if paths:
-            raise RecordError(f"no checkpoint in {self.checkpoint_path} is whole; start again with --fresh")
+            raise DamagedError(f"no checkpoint in {self.checkpoint_path} is whole; start again with --fresh")
         return None
 
     def clear_checkpoints(self) -> None:

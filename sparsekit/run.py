@@ -17,7 +17,7 @@ from sparsekit.errors import DataError, RecordError, SettingsError
 from sparsekit.interfaces import CompensationSettings, CurvatureEstimator, EstimatorSettings, Task
 from sparsekit.objective import Batch, Objective
 from sparsekit.parameters import Mask, ParameterSpace
-from sparsekit.provenance import available_memory, machine, now, peak_memory, plugins_used
+from sparsekit.provenance import available_memory, machine, now, peak_memory, plugins_used, sources
 from sparsekit.provenance import identity as run_identity
 from sparsekit.pruner import Cut, DenseMeasured, Event, LayerReconstructed, Pruner, PrunerState, StepCompleted
 from sparsekit.publish import begin, conclude, step_metrics
@@ -170,7 +170,7 @@ def execute(
     started = time.perf_counter()
     model = task.model().to(device)
     prepared = time.perf_counter() - started
-    identity = run_identity(resolved, registry, task, model, device)
+    identity = run_identity(resolved, registry, sources(task, model), device)
     directory = RunDirectory.of(Path(settings.output), task.name, estimator.name, run_key(identity))
     uri = resolve_uri(settings.tracking.uri, Path(settings.output)) if settings.tracking.enabled else None
     with directory.lock():

@@ -266,6 +266,21 @@ class Tracker(NullTracker):
 
         self._attempt("starting the run", begin)
 
+    def find(self, tags: Mapping[str, str], finished: bool = False) -> str | None:
+        """MLflow's name for the latest run with these tags, or None; `finished`: among those that are."""
+        found: list[str] = []
+
+        def look() -> None:
+            initialise(self.uri, self.experiment, self.artifact_root)
+            client = _client(self.uri)
+            experiment = client.get_experiment_by_name(self.experiment).experiment_id
+            asked = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+            asked += ["attributes.status = 'FINISHED'"] if finished else []
+            found.extend(r.info.run_id for r in client.search_runs([experiment], " and ".join(asked), max_results=1))
+
+        self._attempt("looking for the run", look)
+        return found[0] if found else None
+
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Figures at a step; those that are not finite become tags `nonfinite.<name>`, not numbers."""
         # MLflow stores infinity as 1.797e308: a plot of it would be wrong, silence too.

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from sparsekit.cli.compare import compare
 from sparsekit.cli.plugins import plugins
 from sparsekit.cli.run import run
+from sparsekit.cli.track import track
 from sparsekit.errors import SparsekitError
 
 app = typer.Typer(
@@ -19,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(run)
+app.command()(compare)
+app.command()(track)
 app.command()(plugins)
 
 

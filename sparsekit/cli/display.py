@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from sparsekit.pruner import Event, PhaseStarted, StepCompleted
@@ -56,6 +56,39 @@ class ProgressDisplay:
         """Follow long work within a phase."""
         note = f"{done}/{total}" if total > 1 else ""
         self._bars.update(self._phase, description=phase, completed=done, total=total or None, note=note)
+
+
+class Lines:
+    """Progress of many runs: a bar on a terminal, elsewhere a line for each that is done."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+            transient=True,
+        )
+        self._bar: TaskID = self._bars.add_task("planning", total=None)
+        self._last = ""
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        """Follow the work."""
+        self._bars.update(self._bar, description=what, completed=done, total=total)
+        # without a terminal each thing that is done gets a line; of a training, only that it has begun
+        if self._bars.disable and not (what == self._last and what.startswith("preparing")):
+            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+        self._last = what
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class Tuned(_Schema):
 class Tuning(_Schema):
     """`tuning.json`."""
 
+    key: str = Field(default="", description="hash of what was searched: another one is searched anew")
     objective: str = Field(description="what was maximised, in words")
     tuned: list[Tuned]
     untuned: list[str] = Field(description="methods that have no damping to tune")
@@ -127,6 +128,11 @@ class Comparison:
             if record is not None:
                 records[run.directory] = record
         return cls(directory, plan, records, failures, read(Tuning, directory / TUNING))
+
+    def finished(self, run: PlannedRun) -> bool:
+        """Whether a run has been done whole."""
+        record = self.records.get(run.directory)
+        return record is not None and record.status == "finished"
 
 
 def read(model: type[T], path: Path) -> T | None:

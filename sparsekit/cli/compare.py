@@ -1,0 +1,125 @@
+"""`sparsekit compare`: many runs under one protocol, from one file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sparsekit.cli.display import Lines
+from sparsekit.compare import engine
+from sparsekit.compare.engine import Engine, Sketch
+from sparsekit.compare.executors import Executor, LocalExecutor, RayExecutor
+from sparsekit.compare.plan import Comparison
+from sparsekit.compare.report import write_report
+from sparsekit.compare.spec import ComparisonSettings
+from sparsekit.compare.upload import Uploader
+from sparsekit.errors import SettingsError
+from sparsekit.run import find_device, load_registry
+from sparsekit.settings import merge, parse_assignment, read_config, validated
+from sparsekit.tracking import resolve_uri
+
+
+def compare(
+    file: Annotated[Path, typer.Argument(help="YAML file of the comparison.")],
+    output: Annotated[Path, typer.Option(help="Folder of the comparisons' directories.")] = Path("comparisons-out"),
+    data_dir: Annotated[str | None, typer.Option(help="Folder of the task's data: run.task.data_dir.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Dense weights: run.task.checkpoint.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of the file.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default as many as fit.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch in each worker.")] = 1,
+    executor: Annotated[str, typer.Option(help="local, or ray: $RAY_ADDRESS or an instance of its own.")] = "local",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also do again what has failed.")] = False,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow's address; default a SQLite file.")] = None,
+    no_tracking: Annotated[bool, typer.Option("--no-tracking", help="Records on disk only.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop.")] = False,
+) -> None:
+    """Compare pruning methods under one protocol. What is finished is kept: the same command goes on."""
+    task = {key: value for key, value in (("data_dir", data_dir), ("checkpoint", checkpoint)) if value is not None}
+    tracking = {key: value for key, value in (("uri", tracking_uri), ("enabled", not no_tracking)) if value is not None}
+    raw = read_config(file)
+    raw["run"] = merge(raw.get("run") or {}, {"task": task} if task else {})
+    raw["tracking"] = merge(raw.get("tracking") or {}, tracking)
+    given = validated(ComparisonSettings, merge(raw, *(parse_assignment(text) for text in assignments or [])), "")
+    if executor not in ("local", "ray"):
+        raise SettingsError(f"there is no executor '{executor}'; known: local, ray")
+    registry = load_registry()
+    sketch = engine.sketch(given, registry)
+    device = find_device(sketch.points[0].resolved.settings.device)
+    count = workers or engine.workers_for(engine.cores(), sketch.memory, threads, device)
+    print_sketch(given, sketch, count)
+    if dry_run:
+        return
+    directory = output / given.name
+    with Lines() as lines:
+        work = Engine(given, directory, registry, tell=lines.tell)
+        with work.lock():
+            uploader = _uploader(given, directory)
+            if uploader is not None:
+                work.finished = lambda run: uploader.put(directory / run.directory)
+            made: Executor = (
+                LocalExecutor(count, threads) if executor == "local" else RayExecutor(threads, sketch.memory)
+            )
+            with made:
+                found = work.run(made, again=retry_failed)
+            files = write_report(directory, directory / "report")
+            trouble = None if uploader is None else uploader.close(files)
+    if not print_outcome(found, files, trouble):
+        sys.exit(1)
+
+
+def _uploader(given: ComparisonSettings, directory: Path) -> Uploader | None:
+    if not given.tracking.enabled:
+        return None
+    uri = resolve_uri(given.tracking.uri, directory)
+    return Uploader(uri, given.tracking.experiment, directory, given.name)
+
+
+def print_sketch(given: ComparisonSettings, sketch: Sketch, workers: int) -> None:
+    """What a comparison would do."""
+    console = Console(stderr=True)
+    axes = list(sketch.points[0].axes)
+    varying = [a for a in axes if len({p.axes.get(a) for p in sketch.points}) > 1 or a == "method"]
+    table = Table(*varying, title=escape(given.name))
+    for point in sketch.points:
+        table.add_row(*(escape(point.axes.get(axis, "")) for axis in varying))
+    console.print(table)
+    fixed = ", ".join(f"{a}: {sketch.points[0].axes[a]}" for a in axes if a not in varying)
+    levels = ", ".join(f"{100 * s:g} %" for s in sketch.points[0].resolved.sparsity)
+    console.print(f"{fixed}; sparsities {levels}; seeds {', '.join(map(str, given.seeds))}.")
+    trials = f" and {sketch.trials} trials of dampings" if sketch.trials else ""
+    console.print(
+        f"{sketch.runs} runs{trials}, on {workers} worker(s): about {sketch.seconds / workers / 60:.0f} minutes of "
+        f"passes through the networks; factorisations and solves come on top. Up to {sketch.memory / 2**30:.1f} GiB a "
+        "worker."
+    )
+    for line in sketch.warnings:
+        console.print(f"[yellow]protocol:[/] {escape(line)}.", highlight=False)
+
+
+def print_outcome(found: Comparison, files: list[Path], trouble: str | None) -> bool:
+    """What came of it; whether every run is finished."""
+    console = Console()
+    finished = [run for run in found.plan.runs if found.finished(run)]
+    console.print(f"{len(finished)} of {len(found.plan.runs)} runs are finished.")
+    for run in found.plan.runs:
+        failure = found.failures.get(run.directory)
+        if failure is not None:
+            what = ", ".join([run.axes["method"], run.axes["compensation"], run.axes["reconstruction"]])
+            console.print(f"[red]failed:[/] {escape(what)}, seed {run.seed}: {escape(failure.cause)}", highlight=False)
+    if found.failures:
+        console.print("--retry-failed does them again.")
+    if trouble is not None:
+        console.print(
+            f"[yellow]tracking:[/] {escape(trouble)}. 'sparsekit track {found.directory}' tells MLflow later."
+        )
+    for path in files:
+        console.print(f"Report: {path}", soft_wrap=True, highlight=False)
+    return len(finished) == len(found.plan.runs)

@@ -1,0 +1,338 @@
+"""A comparison, done or gone on with: plan, tune, run, and what is known at each moment from disk alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsekit.compare import tuning
+from sparsekit.compare.executors import Executor, WorkerDied
+from sparsekit.compare.plan import PLAN, RUNS, TUNING, Comparison, Failure, Plan, PlannedRun, Tuned, Tuning, read, write
+from sparsekit.compare.spec import WORKER_BYTES, ComparisonSettings, Point, departures, expand, warnings
+from sparsekit.compare.work import Job, do, failure_path
+from sparsekit.errors import RecordError
+from sparsekit.interfaces import Task
+from sparsekit.provenance import available_memory, identity, now, sources
+from sparsekit.records import RunDirectory, run_key
+from sparsekit.registry import Registry
+from sparsekit.run import find_device, preview
+from sparsekit.settings import ResolvedRun, resolve
+from sparsekit.sharing import SharedStatistics
+
+#: A worker that dies so often without a step done in between is not started again.
+DEATHS = 3
+
+#: Called with (what is being done, done, of how many).
+Tell = Callable[[str, int, int], None]
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What a comparison would do, found without training or pruning anything.
+
+    Attributes:
+        points: cells of the comparison.
+        warnings: departures from the protocol.
+        runs: points × seeds.
+        trials: tuning runs.
+        seconds: of all passes through the networks, on one worker; solves and factorisations come on top.
+        memory: bytes that the largest run's worker needs.
+    """
+
+    points: list[Point]
+    warnings: list[str]
+    runs: int
+    trials: int
+    seconds: float
+    memory: int
+
+
+def sketch(given: ComparisonSettings, registry: Registry) -> Sketch:
+    """Validate a comparison whole, and say what it costs.
+
+    Raises:
+        SparsekitError: a point cannot work; the sentence says which.
+    """
+    from sparsekit.compare.estimate import passes, seconds_of_an_example
+
+    points = expand(given, registry)
+    searches = tuning.searches(given, points, Path())
+    once = {str(p.settings.get("task")): p for p in points}
+    speed = {task: seconds_of_an_example(point.resolved) for task, point in once.items()}
+    costs = {id(p): passes(p.resolved) * speed[str(p.settings.get("task"))] for p in points}
+    seconds = sum(costs.values()) * len(given.seeds)
+    trials = [p for p in points if p.tunable and given.tune is not None]
+    if given.tune is not None and trials:
+        seconds += sum(costs[id(p)] for p in trials) / len(trials) * len(searches) * given.tune.trials
+    return Sketch(
+        points=points,
+        warnings=warnings(given, points),
+        runs=len(points) * len(given.seeds),
+        trials=len(searches) * (given.tune.trials if given.tune else 0),
+        seconds=seconds,
+        memory=max(_memory(point) for point in points),
+    )
+
+
+def _memory(point: Point) -> int:
+    """Bytes that a worker with a point's run needs at most; refuses what cannot work."""
+    try:
+        needed = preview(point.resolved).memory
+    except Exception as error:
+        error.add_note(f"in {', '.join([point.method, *point.chosen.values()])}")
+        raise
+    fitting = point.resolved.settings.reconstruction
+    return WORKER_BYTES + needed + (fitting.cache_mebibytes << 20 if fitting.how != "none" else 0)
+
+
+def workers_for(cores: int, memory: int, threads: int, device: torch.device) -> int:
+    """As many as cores and free memory allow; one on a GPU, whose memory the runs would fight for."""
+    if device.type == "cuda":
+        return 1
+    return max(1, min(cores // threads, int(0.9 * available_memory(device).host // memory)))
+
+
+# -- the comparison ----------------------------------------------------------------------------------------
+class Engine:
+    """Drives one comparison in its directory.
+
+    Attributes:
+        given: the file.
+        directory: where everything lies.
+        finished: called with each run's directory as soon as it is finished.
+        tell: called with progress.
+    """
+
+    def __init__(
+        self,
+        given: ComparisonSettings,
+        directory: Path,
+        registry: Registry,
+        *,
+        finished: Callable[[PlannedRun], None] = lambda run: None,
+        tell: Tell = silent,
+    ) -> None:
+        self.given, self.directory, self.registry = given, directory, registry
+        self.finished, self.tell = finished, tell
+        self._sources: dict[str, tuple[Task, dict[str, str], dict[str, float]]] = {}
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the comparison's directory.
+
+        Raises:
+            RecordError: another process holds it, or it cannot be written.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.directory / ".lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RecordError(
+                f"another 'sparsekit compare' is at work in '{self.directory}'; wait for it, stop it, or give another "
+                "--output"
+            ) from None
+        except OSError as error:
+            raise RecordError(
+                f"cannot write to '{self.directory}': {error.strerror}; give another --output, or mend its permissions"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def run(self, executor: Executor, *, again: bool = False) -> Comparison:
+        """Do all that is not finished; `again`: also what has failed.
+
+        Raises:
+            SparsekitError: the comparison cannot begin, or its directory cannot be written any more.
+        """
+        points = expand(self.given, self.registry)
+        tuned = self._tune(points, executor)
+        plan = self.plan(points, tuned)
+        write(plan, self.directory / PLAN)
+        found = Comparison.load(self.directory)
+        done = [run for run in plan.runs if found.finished(run)]
+        for run in done:
+            self.finished(run)
+        open_runs = [run for run in plan.runs if not found.finished(run)]
+        todo = open_runs if again else [run for run in open_runs if run.directory not in found.failures]
+        self._work([Job(self.directory, runs, again) for runs in self._grouped(todo)], len(plan.runs), executor)
+        return Comparison.load(self.directory)
+
+    def _tune(self, points: Sequence[Point], executor: Executor) -> list[Tuned]:
+        tune = self.given.tune
+        if tune is None:
+            (self.directory / TUNING).unlink(missing_ok=True)
+            return []
+        jobs = tuning.searches(self.given, points, self.directory)
+        for job in jobs:
+            self._source(resolve(job.settings, self.registry))  # the dense network, once and not in each worker
+        key = tuning.key_of(jobs)
+        before = read(Tuning, self.directory / TUNING)
+        if before is not None and before.key == key:
+            return before.tuned
+        self.tell("tuning", 0, len(jobs))
+        futures = [executor.submit(tuning.search, job) for job in jobs]
+        tuned = []
+        for done, (job, future) in enumerate(zip(jobs, futures, strict=True), 1):
+            tuned.append(_survived(executor, tuning.search, job, future))
+            self.tell("tuning", done, len(jobs))
+        write(tuning.told(self.given, points, tuned, key), self.directory / TUNING)
+        return tuned
+
+    def plan(self, points: Sequence[Point], tuned: Sequence[Tuned]) -> Plan:
+        """All runs, with the directories that their records will have."""
+        runs = []
+        for point in points:
+            settings = tuning.settled(point, self.given.tune, tuned)
+            changed = replace(point, settings=settings, resolved=resolve(settings, self.registry))
+            memory, differs = _memory(changed), departures(changed, self.registry)
+            for seed in self.given.seeds:
+                seeded = {**settings, "seed": seed}
+                own = resolve({**seeded, "output": str(self.directory / RUNS)}, self.registry)
+                task, found, _ = self._source(own)
+                key = run_key(identity(own, self.registry, found, find_device(own.settings.device)))
+                path = RunDirectory.of(Path(RUNS), task.name, own.classes["estimator"].name, key).path
+                runs.append(
+                    PlannedRun(
+                        axes=point.axes,
+                        seed=seed,
+                        directory=str(path),
+                        settings=seeded,
+                        departures=differs,
+                        memory_bytes=memory,
+                    )
+                )
+        return Plan(
+            name=self.given.name,
+            file=self.given.model_dump(mode="json"),
+            reference=self.given.reference or _magnitude(points),
+            warnings=warnings(self.given, points),
+            seeds_vary=["calibration examples", "drawn labels", "anchors of reconstruction", "order of fine-tuning"],
+            seeds_share=["the dense network: the bands show calibration noise, not that of training anew"],
+            multiply_adds={task.name: adds for task, _, adds in self._sources.values()},
+            runs=runs,
+        )
+
+    def _source(self, resolved: ResolvedRun) -> tuple[Task, dict[str, str], dict[str, float]]:
+        """The task, hashes of its dense network and data, and what a forward pass costs; trained at first use."""
+        key = str(resolved.as_dict()["task"])
+        if key not in self._sources:
+            task: Task = resolved.build("task")
+            task.progress = lambda done, total: self.tell(f"preparing {task.name}", done, total)
+            model = task.model()
+            self._sources[key] = task, sources(task, model), multiply_adds(task, model)
+        return self._sources[key]
+
+    def _grouped(self, runs: Sequence[PlannedRun]) -> list[tuple[PlannedRun, ...]]:
+        """Runs that can share curvature statistics stand together, in the plan's order."""
+        groups: dict[str, list[PlannedRun]] = {}
+        for run in runs:
+            resolved = resolve(run.settings, self.registry)
+            _, found, _ = self._source(resolved)
+            device = find_device(resolved.settings.device)
+            of = identity(resolved, self.registry, found, device)
+            key = SharedStatistics.key(of, resolved.classes["estimator"], resolved.options["estimator"])
+            groups.setdefault(key, []).append(run)
+        return [tuple(group) for group in groups.values()]
+
+    def _work(self, jobs: Sequence[Job], total: int, executor: Executor) -> None:
+        waiting: dict[Future[None], Job] = {executor.submit(do, job): job for job in jobs}
+        todo = {run.directory: run for job in jobs for run in job.runs}
+        deaths: dict[Job, tuple[int, int]] = {}
+        self.tell("runs", total - len(todo), total)
+        while waiting:
+            done, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+            for future in done:
+                job = waiting.pop(future)
+                try:
+                    future.result()
+                except WorkerDied as error:
+                    steps = sum(self._steps(run) for run in job.runs)
+                    before, count = deaths.get(job, (-1, 0))
+                    deaths[job] = steps, count + 1 if steps == before else 1
+                    if deaths[job][1] < DEATHS:
+                        waiting[executor.submit(do, job)] = job
+                    else:
+                        self._blame(job, str(error), executor, waiting)
+            for directory in [d for d in todo if self._is_finished(d)]:
+                self.finished(todo.pop(directory))
+                self.tell("runs", total - len(todo), total)
+
+    def _blame(self, job: Job, cause: str, executor: Executor, waiting: dict[Future[None], Job]) -> None:
+        """The first run that is not done has killed its worker again and again; the others get another one."""
+        rest = [run for run in job.runs if not self._is_finished(run.directory)]
+        rest = [run for run in rest if not failure_path(self.directory, run).exists()]
+        if rest:
+            write(Failure(cause=f"{cause} ({DEATHS} times)", when=now()), failure_path(self.directory, rest[0]))
+        if rest[1:]:
+            left = replace(job, runs=tuple(rest[1:]))
+            waiting[executor.submit(do, left)] = left
+
+    def _steps(self, run: PlannedRun) -> int:
+        try:
+            record = RunDirectory(self.directory / run.directory).read()
+        except RecordError:
+            return 0
+        return 0 if record is None else 1 + len(record.steps)
+
+    def _is_finished(self, directory: str) -> bool:
+        path = self.directory / directory
+        if not (path / "mask.safetensors").exists():  # spares reading a record that is begun
+            return False
+        try:
+            record = RunDirectory(path).read()
+        except RecordError:
+            return False
+        return record is not None and record.status == "finished"
+
+
+def _survived(executor: Executor, function: Any, job: Any, future: Future[Any]) -> Any:
+    """A future's result; a job whose worker died goes on in another one, a few times."""
+    for _ in range(DEATHS - 1):
+        try:
+            return future.result()
+        except WorkerDied:
+            future = executor.submit(function, job)
+    return future.result()
+
+
+def _magnitude(points: Sequence[Point]) -> str | None:
+    found = (p.method for p in points if p.resolved.classes["saliency"].name == "magnitude")
+    return next(found, None)
+
+
+def multiply_adds(task: Task, model: torch.nn.Module) -> dict[str, float]:
+    """Multiply-adds of each module's weight in one example's forward pass, by parameter name."""
+    inputs, _ = next(iter(task.batches("train", batch_size=1, limit=1)))
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(inputs)
+    names = {name: module for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
+    counts: Mapping[str, Mapping[Any, int]] = counter.get_flop_counts()
+    root = type(model).__name__
+    out = {}
+    for name in names:
+        flops = sum(counts.get(f"{root}.{name}", {}).values())
+        if flops:
+            out[f"{name}.weight"] = flops / 2
+    return out
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,52 @@
+"""How long a run will take, from its passes through the network; factorisations and solves are left out."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from sparsekit.interfaces import Task
+from sparsekit.run import find_device, planned
+from sparsekit.settings import ResolvedRun
+
+# In units of a forward and backward pass of one example.
+_FORWARD = 1 / 3
+_ROWS = 2.0  # gradient rows, by example
+_FIT = 5.0  # layers fitted to the dense network's, by anchor and cut
+
+
+def passes(resolved: ResolvedRun) -> float:
+    """Forward and backward passes of single examples that a run makes."""
+    task: Task = resolved.build("task")
+    given: Any = resolved.options["estimator"]
+    fitting, recipe = resolved.settings.reconstruction, resolved.finetune
+    steps = planned(resolved)
+    judged = _FORWARD * task.size(resolved.settings.split)
+    total = judged
+    for step in steps:
+        total += given.examples * (_ROWS * step.refresh + 2 * _FORWARD)  # the loss before and after the cut
+        if fitting.how != "none" and (fitting.when == "cut" or step.completes_level):
+            total += _FIT * fitting.examples + _FORWARD * given.examples
+        total += judged * (step.completes_level or step.finetune)
+        if step.finetune:
+            total += recipe.epochs * task.size("train") + judged
+    return total
+
+
+def seconds_of_an_example(resolved: ResolvedRun, batch_size: int = 64) -> float:
+    """Seconds of a forward and backward pass of one example, measured on the untrained network."""
+    task: Task = resolved.build("task")
+    device = find_device(resolved.settings.device)
+    model = task.network().to(device)
+    inputs, targets = next(iter(task.batches("train", batch_size=batch_size, limit=batch_size)))
+    inputs, targets = inputs.to(device), targets.to(device)
+    best = float("inf")
+    for _ in range(3):  # the first one allocates
+        started = time.perf_counter()
+        task.likelihood.losses(model(inputs), targets).mean().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best / len(inputs)

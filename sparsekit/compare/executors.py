@@ -1,0 +1,159 @@
+"""Where jobs run: processes of this machine, or Ray. Both take a function and its argument, and give a future."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any, Self, TypeVar
+
+import torch
+
+from sparsekit.errors import SettingsError, SparsekitError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class WorkerDied(SparsekitError):
+    """The process that a job ran in is gone; what it had on disk is whole."""
+
+
+class Executor(ABC):
+    """Runs jobs beside one another. A job is a picklable function with one picklable argument."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def submit(self, function: Callable[[T], R], job: T) -> Future[R]:
+        """Queue a job; its future raises what the function raised, or WorkerDied."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop at once; jobs that are running are ended."""
+
+
+class LocalExecutor(Executor):
+    """A thread for each worker process, which lives until it is closed, or replaced after it died.
+
+    Args:
+        workers: processes.
+        threads: of torch in each.
+    """
+
+    def __init__(self, workers: int, threads: int = 1) -> None:
+        self._threads = threads
+        self._context = multiprocessing.get_context("spawn")  # a forked torch hangs in its thread pools
+        self._pool = ThreadPoolExecutor(workers)
+        self._own = threading.local()
+        self._living: set[Any] = set()
+
+    def submit(self, function: Callable[[T], R], job: T) -> Future[R]:
+        return self._pool.submit(self._run, function, job)
+
+    def _run(self, function: Callable[[T], R], job: T) -> R:
+        if getattr(self._own, "worker", None) is None:
+            mine, its = self._context.Pipe()
+            worker = self._context.Process(target=_serve, args=(its, self._threads, os.getpid()), daemon=True)
+            worker.start()
+            its.close()
+            self._own.worker, self._own.pipe = worker, mine
+            self._living.add(worker)
+        try:
+            self._own.pipe.send((function, job))
+            failed, result = self._own.pipe.recv()
+        except (EOFError, OSError) as error:
+            worker, self._own.worker = self._own.worker, None
+            self._living.discard(worker)
+            worker.join()
+            raise WorkerDied(
+                f"the worker process ended with code {worker.exitcode}: it was killed, or ran out of memory; with "
+                "fewer --workers each has more"
+            ) from error
+        if failed:
+            raise result
+        return result
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for worker in list(self._living):
+            worker.terminate()
+        self._pool.shutdown()
+
+
+def _serve(pipe: Connection, threads: int, parent: int) -> None:
+    """A worker's life: job after job, until the pipe is closed or whoever started it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says what it means
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    torch.set_num_threads(threads)
+    while True:
+        try:
+            function, job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = (False, function(job))
+        except Exception as error:
+            answer = (True, error)
+        pipe.send(answer)
+
+
+def _follow(parent: int) -> None:
+    """End with the parent, even where it was killed: its locks are to be free at once."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+class RayExecutor(Executor):
+    """Ray's tasks, on this machine or a cluster whose machines see the same folders.
+
+    Args:
+        threads: cores that each job takes.
+        memory: bytes that each job takes.
+        address: of the cluster; none: $RAY_ADDRESS, or an instance of its own on this machine.
+    """
+
+    def __init__(self, threads: int, memory: int, address: str | None = None) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise SettingsError("--executor ray needs Ray: pip install 'sparsekit[ray]'") from None
+        self._ray = ray
+        ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=False)
+        self._options = {"num_cpus": threads, "memory": memory, "max_retries": 0}
+        self._threads = threads
+
+    def submit(self, function: Callable[[T], R], job: T) -> Future[R]:
+        task = self._ray.remote(**self._options)(_with_threads)
+        answer: Future[R] = Future()
+        inner = task.remote(self._threads, function, job).future()
+        inner.add_done_callback(lambda done: self._translate(done, answer))
+        return answer
+
+    def _translate(self, done: Future[Any], answer: Future[Any]) -> None:
+        error = done.exception()
+        if error is None:
+            answer.set_result(done.result())
+        elif isinstance(error, self._ray.exceptions.RayTaskError):
+            answer.set_exception(error.cause)
+        else:
+            answer.set_exception(WorkerDied(f"Ray lost the worker: {str(error).splitlines()[0]}"))
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
+
+def _with_threads(threads: int, function: Callable[[T], R], job: T) -> R:
+    torch.set_num_threads(threads)
+    return function(job)

@@ -1,0 +1,215 @@
+"""A comparison's file: what is compared, under which protocol; validated and expanded before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from sparsekit.errors import SettingsError, SparsekitError
+from sparsekit.estimators import Identity
+from sparsekit.interfaces import Settings
+from sparsekit.registry import Registry
+from sparsekit.settings import COMPONENTS, SHORTHAND, ResolvedRun, RunSettings, TrackingSettings, merge, resolve
+
+#: What a worker needs beside its estimator: interpreter, torch, data and activations.
+WORKER_BYTES = 1 << 30
+
+
+class TuningSettings(Settings):
+    """The same search for every method: damping, in units of the mean of diag F, on the tuning half."""
+
+    trials: int = Field(8, ge=2, description="for each method and each value of the axes in `over`")
+    low: float = Field(1e-3, gt=0, description="least damping tried, relative to the mean of diag F")
+    high: float = Field(10.0, gt=0, description="largest")
+    sampler: str = Field("grid", pattern="^(grid|tpe)$", description="grid: evenly in the logarithm; tpe: optuna's")
+    over: tuple[str, ...] = Field(("compensation",), description="axes each value of which is tuned for itself")
+    sparsity: tuple[float, ...] = Field((), description="levels whose mean result is maximised; default all")
+    seed: int = Field(1000, ge=0, description="of calibration examples and the search; none of the comparison's")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> TuningSettings:
+        if not self.low < self.high:
+            raise ValueError(f"tune.low = {self.low} must be below tune.high = {self.high}")
+        return self
+
+
+class ComparisonSettings(Settings):
+    """A comparison: methods × axes × seeds, all over the same `run`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the comparison; names its folder")
+    run: dict[str, Any] = Field({}, description="settings of a run that all share")
+    methods: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="name -> settings of a run over those; an axis that a method sets is fixed for it"
+    )
+    axes: dict[str, Any] = Field(
+        {}, description="setting of a run -> list of values; or any name -> mapping of labels to settings of a run"
+    )
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="each point is run with each of them")
+    reference: str | None = Field(None, description="method that the others are compared with; default magnitude")
+    tune: TuningSettings | None = Field(None, description="how dampings are chosen; none: they are as written")
+    tracking: TrackingSettings = Field(TrackingSettings())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ComparisonSettings:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds = {list(self.seeds)} names a seed twice")
+        if self.tune is not None and self.tune.seed in self.seeds:
+            raise ValueError(f"tune.seed = {self.tune.seed} is one of the comparison's seeds; give it one of its own")
+        if self.reference is not None and self.reference not in self.methods:
+            raise ValueError(f"reference = {self.reference!r} is not a method of the file: {', '.join(self.methods)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Point:
+    """One cell of the comparison: a method at one value of each axis.
+
+    Attributes:
+        method: its name in the file.
+        chosen: the comparison's axes -> label of the value; none for an axis that the method fixes.
+        settings: of the run, without a seed.
+        resolved: the same, with every name found, at the first seed.
+    """
+
+    method: str
+    chosen: Mapping[str, str]
+    settings: Mapping[str, Any]
+    resolved: ResolvedRun
+
+    @property
+    def axes(self) -> dict[str, str]:
+        """What it is, in words: the same keys for every point of a comparison."""
+        run, classes = self.resolved.settings, self.resolved.classes
+        parts = {1: ""}.get(run.substeps, f", {run.substeps} sub-steps")
+        return {
+            "task": classes["task"].name,
+            "method": self.method,
+            "compensation": run.compensation.how,
+            "reconstruction": run.reconstruction.how,
+            "pattern": classes["pattern"].name,
+            "schedule": f"{classes['schedule'].name}{parts}",
+            **self.chosen,
+        }
+
+    @property
+    def tunable(self) -> bool:
+        """Whether a damping has any influence on it."""
+        return self.resolved.classes["estimator"] is not Identity
+
+
+def expand(given: ComparisonSettings, registry: Registry) -> list[Point]:
+    """All points, in the file's order: methods first, then axes.
+
+    Raises:
+        SettingsError: a setting is not valid; the sentence says of which method.
+    """
+    points = []
+    axes = {axis: _values(axis, values) for axis, values in given.axes.items()}
+    for method, own in given.methods.items():
+        free = [axis for axis in axes if axis not in own]
+        for labels in product(*(axes[axis] for axis in free)):
+            chosen = dict(zip(free, labels, strict=True))
+            layers = [axes[axis][label] for axis, label in chosen.items()]
+            settings = merge(given.run, own, *layers)
+            for fixed in ("seed", "output", "tracking"):
+                if fixed in settings:
+                    raise SettingsError(f"'{fixed}' is the comparison's own; leave it out of `run`, methods and axes")
+            where = ", ".join([method, *chosen.values()])
+            try:
+                resolved = resolve({**settings, "seed": given.seeds[0]}, registry)
+            except SparsekitError as error:
+                raise type(error)(f"{where}: {error}") from error
+            points.append(Point(method, chosen, settings, resolved))
+    _distinct(points)
+    return points
+
+
+def _values(axis: str, given: Any) -> dict[str, dict[str, Any]]:
+    """Label -> settings of a run, of one axis."""
+    if isinstance(given, Mapping):
+        for label, settings in given.items():
+            if not isinstance(settings, Mapping):
+                raise SettingsError(f"axes.{axis}.{label} = {settings!r}; a mapping of a run's settings was needed")
+        return {str(label): dict(settings) for label, settings in given.items()}
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+        raise SettingsError(
+            f"axes.{axis} = {given!r}; a list of values, or a mapping of labels to settings, was needed"
+        )
+    if axis not in RunSettings.model_fields:
+        raise SettingsError(
+            f"axes.{axis} is a list, and a run has no setting '{axis}'; give a mapping of labels to settings, or one "
+            f"of {', '.join(RunSettings.model_fields)}"
+        )
+    return {_label(axis, value): {axis: value} for value in given}
+
+
+def _label(axis: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        named = value.get(SHORTHAND.get(axis, "name"))
+        if named is None or len(value) > 1:
+            raise SettingsError(f"a value of axes.{axis} has settings of its own; give the axis as label: settings")
+        return str(named)
+    return str(value)
+
+
+def _distinct(points: Sequence[Point]) -> None:
+    seen: dict[str, str] = {}
+    for point in points:
+        settings = str({k: v for k, v in point.resolved.as_dict().items() if k != "preset"})
+        where = ", ".join([point.method, *point.chosen.values()])
+        if settings in seen:
+            raise SettingsError(f"'{where}' and '{seen[settings]}' are the same run; leave one of them out")
+        seen[settings] = where
+
+
+def departures(point: Point, registry: Registry) -> dict[str, Any]:
+    """Settings that differ from the components' own defaults, or from the preset's, by dotted name."""
+    resolved = point.resolved
+    if resolved.settings.preset is not None:
+        plain: dict[str, Any] = {"preset": resolved.settings.preset}
+    else:
+        plain = {kind: resolved.classes[kind].name for kind in COMPONENTS}
+    given = resolved.as_dict()
+    published = resolve({**plain, "task": given["task"]}, registry).as_dict()
+    return {
+        f"{kind}.{key}": value
+        for kind in ("estimator", "saliency", "pattern", "finetune")
+        for key, value in given[kind].items()
+        if published[kind].get(key) != value
+    }
+
+
+def warnings(given: ComparisonSettings, points: Sequence[Point]) -> list[str]:
+    """Where the file departs from the protocol, a sentence each."""
+    found = []
+    runs = [point.resolved for point in points]
+    levels = {run.sparsity for run in runs}
+    if min(len(level) for level in levels) < 5:
+        found.append(f"{min(map(len, levels))} sparsities are compared; at least five show where each method breaks")
+    if len(levels) > 1:
+        found.append("the points have different sparsities; only equal ones can be compared")
+    if len(given.seeds) < 3:
+        found.append(f"{len(given.seeds)} seed(s): no interval can be given; three are the least")
+    if any(run.settings.split != "reporting" for run in runs):
+        found.append("some figures are not of the reporting half: nothing in this report is a result")
+    if len({str(run.finetune.model_dump()) for run in runs}) > 1:
+        found.append("the points are fine-tuned by different recipes")
+    if len({(run.settings.include, run.settings.exclude) for run in runs}) > 1:
+        found.append("the points prune different parameters")
+    plain = [p for p in points if p.resolved.classes["saliency"].name == "magnitude"]
+    for how in sorted({p.axes["reconstruction"] for p in points}):
+        if not any(p.axes["reconstruction"] == how for p in plain):
+            found.append(f"no magnitude baseline with reconstruction '{how}': what the mask is worth is not shown")
+    examples = {p.resolved.options["estimator"].examples for p in points if p.tunable}  # type: ignore[attr-defined]
+    if len(examples) > 1:
+        found.append(
+            f"the estimators see different numbers of examples ({', '.join(map(str, sorted(examples)))}): the view 'as "
+            "published', not that of equal information"
+        )
+    if given.tune is None:
+        found.append("nothing is tuned: dampings are the defaults or as written in the file")
+    return found

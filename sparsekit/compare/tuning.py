@@ -1,0 +1,127 @@
+"""Fair tuning: every method gets the same number of trials, over the same range of dampings, on the tuning half."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsekit.compare.plan import TRIALS, Trial, Tuned, Tuning
+from sparsekit.compare.spec import ComparisonSettings, Point, TuningSettings
+from sparsekit.compare.work import one
+from sparsekit.errors import SparsekitError
+from sparsekit.records import RunRecord, run_key
+from sparsekit.settings import merge
+from sparsekit.sharing import SharedStatistics
+
+
+@dataclass(frozen=True)
+class Search:
+    """A method's trials, for one worker.
+
+    Attributes:
+        directory: of the comparison.
+        axes: what is tuned.
+        settings: of its runs.
+        tune: the search.
+    """
+
+    directory: Path
+    axes: Mapping[str, str]
+    settings: Mapping[str, Any]
+    tune: TuningSettings
+
+
+def searches(given: ComparisonSettings, points: Sequence[Point], directory: Path) -> list[Search]:
+    """One for each method and value of the axes in `over`; of other axes the first value stands for all."""
+    tune = given.tune
+    if tune is None:
+        return []
+    found: dict[str, Search] = {}
+    for point in points:
+        if point.tunable:
+            axes = place(point, tune)
+            settings = {"sparsity": list(tune.sparsity)} if tune.sparsity else {}
+            raw = merge(point.settings, settings, {"split": "tuning", "seed": tune.seed})
+            found.setdefault(str(axes), Search(directory, axes, raw, tune))
+    return list(found.values())
+
+
+def place(point: Point, tune: TuningSettings) -> dict[str, str]:
+    """Where a point's damping is found: its task, its method, and its value of each axis in `over`."""
+    return {axis: value for axis, value in point.axes.items() if axis in ("task", "method", *tune.over)}
+
+
+def search(job: Search) -> Tuned:
+    """All trials of one search; those that were finished before are read."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    tune, shared = job.tune, SharedStatistics()
+    ratio = (tune.high / tune.low) ** (1 / (tune.trials - 1))
+    grid = [tune.low * ratio**i for i in range(tune.trials)]
+    sampler: Any = (
+        optuna.samplers.GridSampler({"damping": grid}, seed=tune.seed)
+        if tune.sampler == "grid"
+        else optuna.samplers.TPESampler(seed=tune.seed)
+    )
+    trials = []
+
+    def tried(asked: Any) -> float:
+        damping = float(f"{asked.suggest_float('damping', tune.low, tune.high, log=True):.3g}")
+        settings = merge(job.settings, damped(damping))
+        try:
+            value, cause = worth(one(job.directory / TRIALS, settings, shared, again=True)), ""
+        except SparsekitError as error:
+            value, cause = -math.inf, str(error)
+        trials.append(Trial(damping=damping, value=value, cause=cause))
+        if not math.isfinite(value):
+            raise optuna.TrialPruned(cause)
+        return value
+
+    optuna.create_study(direction="maximize", sampler=sampler).optimize(tried, n_trials=tune.trials)
+    best = max(trials, key=lambda trial: trial.value)
+    chosen = best.damping if math.isfinite(best.value) else None
+    return Tuned(axes=dict(job.axes), trials=sorted(trials, key=lambda trial: trial.damping), damping=chosen)
+
+
+def worth(record: RunRecord) -> float:
+    """Mean accuracy over the levels, as left by the last stage; −loss where the task has no accuracy."""
+    last = [level.finetuned or level.pruned for level in record.levels]
+    values = [metrics["accuracy"] if "accuracy" in metrics else -metrics["loss"] for metrics in last]
+    mean = sum(values) / len(values)
+    return mean if math.isfinite(mean) else -math.inf
+
+
+def damped(damping: float) -> dict[str, Any]:
+    """Settings of a run with this damping, in units of the mean of diag F."""
+    return {"estimator": {"damping": damping, "damping_scale": "relative"}}
+
+
+def key_of(jobs: Sequence[Search]) -> str:
+    """What tuning depends on, hashed; data and dense weights are in the trials' own keys."""
+    return run_key({"jobs": [[job.axes, job.settings, job.tune.model_dump(mode="json")] for job in jobs]})
+
+
+def told(given: ComparisonSettings, points: Sequence[Point], tuned: Sequence[Tuned], key: str) -> Tuning:
+    """What tuning found, as it is kept."""
+    tune = given.tune
+    assert tune is not None
+    levels = f"the sparsities {', '.join(map(str, tune.sparsity))}" if tune.sparsity else "all sparsities"
+    return Tuning(
+        key=key,
+        objective=f"mean accuracy (or −loss) over {levels} on the tuning half; {tune.trials} dampings from "
+        f"{tune.low:g} to {tune.high:g} times the mean of diag F; seed {tune.seed}",
+        tuned=list(tuned),
+        untuned=sorted({point.method for point in points if not point.tunable}),
+    )
+
+
+def settled(point: Point, tune: TuningSettings | None, tuned: Sequence[Tuned]) -> dict[str, Any]:
+    """A point's settings, with the damping that was found for it."""
+    if tune is None or not point.tunable:
+        return dict(point.settings)
+    [found] = [one.damping for one in tuned if one.axes == place(point, tune)]
+    return merge(point.settings, {} if found is None else damped(found))

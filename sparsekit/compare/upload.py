@@ -1,0 +1,132 @@
+"""Finished runs in MLflow, told from their records; a comparison's runs stand under one parent."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparsekit.compare.plan import PLAN, Comparison
+from sparsekit.errors import RecordError
+from sparsekit.publish import publish
+from sparsekit.records import RunDirectory
+from sparsekit.tracking import Tracker, TrackingError
+
+#: MLflow's tag for the run above a run.
+PARENT = "mlflow.parentRunId"
+
+
+class Upload:
+    """Tells MLflow of runs that it does not know yet.
+
+    Args:
+        uri, experiment: where.
+        directory: of a comparison, whose parent run is begun or gone on with; None for runs on their own.
+        name: of the parent run.
+
+    Attributes:
+        failure: the first thing that went wrong; nothing more is told after it.
+        told: runs that were told.
+    """
+
+    def __init__(self, uri: str, experiment: str, directory: Path | None = None, name: str = "") -> None:
+        self._uri, self._experiment = uri, experiment
+        self.failure: str | None = None
+        self.told = 0
+        self._parent: Tracker | None = None
+        if directory is not None:
+            place = str(directory.resolve())
+            key = {"comparison": hashlib.sha256(place.encode()).hexdigest()[:16]}
+            self._parent = Tracker(uri, experiment)
+            self._parent.start(name, {}, {**key, "directory": place}, self._parent.find(key))
+            self._parent.artifact(directory / PLAN)
+            self.failure = self._parent.failure
+
+    def run(self, path: Path) -> None:
+        """Tell of a finished run; nothing is done where MLflow has it already."""
+        if self.failure is not None:
+            return
+        tags = {} if self._parent is None else {PARENT: self._parent.run_id or ""}
+        directory, child = RunDirectory(path), Tracker(self._uri, self._experiment)
+        try:
+            record = directory.read()
+            if record is not None and child.find({"key": record.key, **tags}, finished=True) is None:
+                publish(child, directory, tags)
+                self.told += child.failure is None
+        except RecordError as error:
+            self.failure = str(error)
+        self.failure = self.failure or child.failure
+
+    def finish(self, files: Sequence[Path]) -> None:
+        """End the parent run, with the report's files."""
+        if self._parent is not None:
+            for path in files:
+                self._parent.artifact(path)
+            self._parent.finish()
+            self.failure = self.failure or self._parent.failure
+
+
+class Uploader:
+    """An `Upload` in a thread of its own: the work never waits for a tracker that is slow or gone."""
+
+    def __init__(self, uri: str, experiment: str, directory: Path, name: str) -> None:
+        self._where = uri, experiment, directory, name
+        self._queue: queue.SimpleQueue[Path | Sequence[Path]] = queue.SimpleQueue()
+        self.failure: str | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def put(self, path: Path) -> None:
+        """Tell of a finished run, some time."""
+        self._queue.put(path)
+
+    def close(self, files: Sequence[Path], timeout: float = 120.0) -> str | None:
+        """Finish what is queued, and the parent run with these files; returns what went wrong."""
+        self._queue.put(files)
+        self._thread.join(timeout)
+        return f"MLflow has not answered for {timeout:.0f} s" if self._thread.is_alive() else self.failure
+
+    def _work(self) -> None:
+        upload = Upload(*self._where)
+        while isinstance(item := self._queue.get(), Path):
+            upload.run(item)
+        upload.finish(item)
+        self.failure = upload.failure
+
+
+def track(directory: Path, uri: str, experiment: str) -> tuple[int, int]:
+    """Tell MLflow of all finished runs in a directory that it does not know yet.
+
+    Args:
+        directory: of a comparison, of runs, or of one run.
+        uri: of MLflow.
+        experiment: there.
+
+    Returns:
+        how many runs were told now, and how many are finished.
+
+    Raises:
+        RecordError: nothing is there.
+        TrackingError: MLflow cannot be reached, or fails on the way.
+    """
+    if (directory / PLAN).exists():
+        comparison = Comparison.load(directory)
+        paths = [directory / run.directory for run in comparison.plan.runs]
+        upload, files = Upload(uri, experiment, directory, comparison.plan.name), [*(directory / "report").glob("*")]
+    else:
+        alone = (directory / "record.json").exists()
+        paths = [directory] if alone else sorted(path.parent for path in directory.glob("*/record.json"))
+        upload, files = Upload(uri, experiment), []
+    finished = [path for path in paths if (r := RunDirectory(path).read()) is not None and r.status == "finished"]
+    if not finished:
+        raise RecordError(
+            f"there are no finished runs in '{directory}'; give the directory of a comparison, of runs or of one run"
+        )
+    for path in finished:
+        upload.run(path)
+    upload.finish(sorted(files))
+    if upload.failure is not None:
+        raise TrackingError(upload.failure)
+    return upload.told, len(finished)
