@@ -16,6 +16,9 @@ from sparsekit.interfaces import Split
 from sparsekit.objective import Batch
 from sparsekit.records import replacing
 
+#: By channel, of pixels scaled to [0, 1]; what networks of natural images are trained with, whatever the set.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 def cache_directory() -> Path:
     """$SPARSEKIT_CACHE, or the platform's folder for caches."""

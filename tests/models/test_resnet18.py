@@ -30,7 +30,7 @@ def test_stages_halve_the_image(network, side):
 
 def test_stem_is_drawn_as_the_other_convolutions(network):
     spread = {
-        name: m.weight.std() * (9 * m.out_channels / 2) ** 0.5
+        name: float(m.weight.detach().std()) * (9 * m.out_channels / 2) ** 0.5
         for name, m in network.named_modules()
         if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
     }
