@@ -92,6 +92,15 @@ def test_state_of_a_version_that_counted_epochs_is_thrown_away(build):
     assert len(task.seen) == 9
 
 
+@pytest.mark.gpu
+def test_training_is_on_the_task_s_device_and_its_network_on_the_cpu(build, monkeypatch):
+    task, seen = build(), []
+    task.device = torch.device("cuda")
+    task.progress = lambda *_: seen.append(torch.cuda.memory_allocated() > 0)
+    assert {p.device.type for p in task.model().parameters()} == {"cpu"}
+    assert all(seen)
+
+
 def test_only_the_network_is_left(build):
     task = build()
     task.model()
