@@ -8,7 +8,7 @@ from sparsekit.interfaces import CurvatureEstimator, Pattern, Saliency, Schedule
 from sparsekit.patterns import NM, Block, Uniform, Unstructured
 from sparsekit.saliencies import Magnitude, OptimalBrainSurgeon, Random
 from sparsekit.schedules import Cubic, Exponential, Linear, OneShot
-from sparsekit.tasks import Cifar10, Digits, DigitsTransformer, MnistAutoencoder
+from sparsekit.tasks import Cifar10, Digits, DigitsTransformer, ImageNet, Mnist, MnistAutoencoder, TinyImageNet
 
 
 @hookimpl
@@ -37,5 +37,5 @@ def sparsekit_patterns() -> Sequence[type[Pattern]]:
 
 @hookimpl
 def sparsekit_tasks() -> Sequence[type[Task]]:
-    """`digits`, `digits-transformer`, `autoencoder` and `cifar10`."""
-    return [Digits, DigitsTransformer, MnistAutoencoder, Cifar10]
+    """`digits`, `digits-transformer`, `mnist`, `autoencoder`, `cifar10`, `tinyimagenet` and `imagenet`."""
+    return [Digits, DigitsTransformer, Mnist, MnistAutoencoder, Cifar10, TinyImageNet, ImageNet]

@@ -418,6 +418,7 @@ class Task(ABC):
     Attributes:
         settings: of the class's `Settings`.
         progress: to be called with (steps done, steps in all) where `model` trains; a run sets it.
+        device: where `model` trains; a run sets it.
     """
 
     name: ClassVar[str]
@@ -431,6 +432,7 @@ class Task(ABC):
     def __init__(self, settings: Any) -> None:
         self.settings = settings
         self.progress: Callable[[int, int], None] = lambda done, total: None
+        self.device = torch.device("cpu")
 
     @abstractmethod
     def network(self) -> nn.Module:

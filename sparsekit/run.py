@@ -167,6 +167,7 @@ def execute(
         )
     progress("prepare", 0, 1)
     task.progress = lambda done, total: progress("prepare", done, total)
+    task.device = device
     started = time.perf_counter()
     model = task.model().to(device)
     prepared = time.perf_counter() - started

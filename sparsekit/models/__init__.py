@@ -3,7 +3,18 @@
 from sparsekit.models.autoencoder import Autoencoder
 from sparsekit.models.checkpoints import load_checkpoint
 from sparsekit.models.digits import DigitsNet
+from sparsekit.models.lenet import lenet
 from sparsekit.models.resnet import CifarResNet, resnet
+from sparsekit.models.resnet18 import resnet18
 from sparsekit.models.transformer import SequenceClassifier
 
-__all__ = ["Autoencoder", "CifarResNet", "DigitsNet", "SequenceClassifier", "load_checkpoint", "resnet"]
+__all__ = [
+    "Autoencoder",
+    "CifarResNet",
+    "DigitsNet",
+    "SequenceClassifier",
+    "lenet",
+    "load_checkpoint",
+    "resnet",
+    "resnet18",
+]

@@ -1,10 +1,11 @@
-"""Dense networks that tasks train themselves: kept in the cache, trained epoch by epoch."""
+"""Dense networks that tasks train themselves: kept in the cache, trained with interruptions."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import pickle
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,10 @@ from torch import nn
 from sparsekit.errors import DataError
 from sparsekit.interfaces import Task
 from sparsekit.models import load_checkpoint
-from sparsekit.tasks.images import into_cache
+from sparsekit.tasks.images import cache_directory, into_cache
+
+#: Seconds of training that an interruption loses at most.
+SAVE_EVERY = 120.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,42 @@ class Recipe:
     def hash(self) -> str:
         """For a cached network's name, so that a changed recipe is never answered by an old network."""
         return hashlib.sha256(repr(asdict(self)).encode()).hexdigest()[:8]
+
+    def optimiser(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Of all parameters."""
+        return torch.optim.AdamW(model.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
+
+
+@dataclass(frozen=True)
+class MomentumRecipe(Recipe):
+    """The same with stochastic gradient descent, momentum and coupled weight decay."""
+
+    momentum: float = 0.9
+
+    def optimiser(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            fused=True,
+        )
+
+
+#: What residual networks of small images are trained by in the literature; tasks set the epochs.
+RESIDUAL = MomentumRecipe(epochs=100, learning_rate=0.1, batch_size=128, weight_decay=5e-4)
+
+
+def cached_network(task: Task, name: str, recipe: Recipe, data: str) -> Path:
+    """Where a dense network lies.
+
+    Args:
+        task: its seed is part of the file's name.
+        name: of task and architecture, with a version that is raised with a change of it.
+        recipe: part of the file's name.
+        data: a hash of the training examples: other data in the same format have networks of their own.
+    """
+    return cache_directory() / f"{name}-{recipe.hash}-{data[:8]}-seed{task.settings.seed}.safetensors"
 
 
 def dense_network(task: Task, cached: Callable[[], Path], train: Callable[[nn.Module], None]) -> nn.Module:
@@ -50,52 +90,58 @@ def dense_network(task: Task, cached: Callable[[], Path], train: Callable[[nn.Mo
         load_checkpoint(model, path)
     except DataError:  # not there yet, or not whole
         with into_cache(path) as temporary:  # a cache that cannot be written is said before training
-            train(model)
-            save_file(model.state_dict(), temporary)
+            train(model.to(task.device))
+            save_file(model.cpu().state_dict(), temporary)
         _unfinished(path).unlink(missing_ok=True)
     return model.eval()
 
 
 def train(model: nn.Module, task: Task, recipe: Recipe, cached: Path) -> None:
-    """Train in place on the task's training examples; an interruption loses the present epoch at most.
+    """Train in place on the task's training examples; an interruption loses `SAVE_EVERY` seconds at most.
 
-    What is drawn is drawn anew from (seed, epoch), so that going on equals never having stopped. After each epoch
-    the weights and the optimiser's state lie beside `cached`, until `dense_network` has written that.
+    What is drawn is drawn anew from the seed and the epoch or step, so that going on equals never having stopped.
+    After each epoch and every so many seconds the weights and the optimiser's state are put beside `cached`, until
+    `dense_network` has written that.
     """
     unfinished, seed, device = _unfinished(cached), task.settings.seed, next(model.parameters()).device
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
+    optimiser = recipe.optimiser(model)
     steps = math.ceil(task.size("train") / recipe.batch_size)
     total = recipe.epochs * steps
     model.train()
     with torch.random.fork_rng(devices=[]):
-        for epoch in range(_go_on(unfinished, model, optimiser), recipe.epochs):
-            torch.manual_seed(seed * recipe.epochs + epoch)  # dropout
+        begun, saved = _go_on(unfinished, model, optimiser), time.perf_counter()
+        for epoch in range(begun // steps, recipe.epochs):
             generator = torch.Generator().manual_seed(seed * recipe.epochs + epoch)
             batches = task.batches("train", batch_size=recipe.batch_size, generator=generator, augment=True)
             for done, (inputs, targets) in enumerate(batches, epoch * steps):
+                if done < begun:
+                    continue  # drawn all the same: the next batches follow from the generator's state
+                torch.manual_seed(seed * total + done)  # dropout
                 for group in optimiser.param_groups:
                     group["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done / total))
                 optimiser.zero_grad(set_to_none=True)
                 task.likelihood.losses(model(inputs.to(device)), targets.to(device)).mean().backward()
                 optimiser.step()
                 task.progress(done + 1, total)
-            state = {"epochs": epoch + 1, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
-            with into_cache(unfinished) as temporary:
-                torch.save(state, temporary)
+                if (done + 1) % steps == 0 or time.perf_counter() - saved > SAVE_EVERY:
+                    state = {"steps": done + 1, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
+                    with into_cache(unfinished) as temporary:
+                        torch.save(state, temporary)
+                    saved = time.perf_counter()
     optimiser.zero_grad(set_to_none=True)
 
 
 def _go_on(unfinished: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    """Epochs that an interrupted training has done, its state restored; 0 where there is none."""
+    """Steps that an interrupted training has done, its state restored; 0 where there is none."""
     try:
-        state: dict[str, Any] = torch.load(unfinished, weights_only=True)
+        state: dict[str, Any] = torch.load(unfinished, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # not there, or not whole
+        return 0
+    if "steps" not in state:  # of a version that counted epochs
         return 0
     model.load_state_dict(state["model"])
     optimiser.load_state_dict(state["optimiser"])
-    return int(state["epochs"])
+    return int(state["steps"])
 
 
 def _unfinished(cached: Path) -> Path:

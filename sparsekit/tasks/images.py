@@ -16,6 +16,9 @@ from sparsekit.interfaces import Split
 from sparsekit.objective import Batch
 from sparsekit.records import replacing
 
+#: By channel, of pixels scaled to [0, 1]; what networks of natural images are trained with, whatever the set.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 def cache_directory() -> Path:
     """$SPARSEKIT_CACHE, or the platform's folder for caches."""
@@ -44,6 +47,36 @@ def into_cache(path: Path) -> Iterator[Path]:
         ) from error
 
 
+class Order:
+    """Which examples a pass takes, batch by batch; can be iterated over again.
+
+    Args:
+        count: of all examples.
+        batch_size: the last batch may be short.
+        limit: at most so many; with a generator a random subset, drawn here and in the same order ever after.
+        generator: on the CPU; without `limit` the order is drawn anew at each iteration.
+    """
+
+    def __init__(self, count: int, *, batch_size: int, limit: int | None, generator: torch.Generator | None) -> None:
+        self._count, self._batch_size, self._generator = count, batch_size, generator
+        self._fixed: Tensor | None = None
+        if limit is not None:
+            self._fixed = self._drawn()[:limit]
+        elif generator is None:
+            self._fixed = torch.arange(count)
+
+    def _drawn(self) -> Tensor:
+        return (
+            torch.arange(self._count)
+            if self._generator is None
+            else torch.randperm(self._count, generator=self._generator)
+        )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = self._drawn() if self._fixed is None else self._fixed
+        yield from order.split(self._batch_size)
+
+
 class ImageBatches:
     """Batches of normalised images from uint8 storage; can be iterated over again.
 
@@ -51,9 +84,7 @@ class ImageBatches:
         images: (N, C, h, w) uint8.
         labels: (N,) int64.
         mean, std: by channel, of pixels scaled to [0, 1].
-        batch_size: the last batch may be short.
-        limit: at most so many; with a generator a random subset, drawn here and in the same order ever after.
-        generator: on the CPU; without `limit` the order is drawn anew at each iteration.
+        batch_size, limit, generator: see `Order`.
         augment: shift by up to `padding` pixels and, with `mirror`, mirror at random; needs the generator.
         padding, mirror: see `augment`.
     """
@@ -76,21 +107,11 @@ class ImageBatches:
             raise ValueError("augmentation draws at random and needs a generator")
         self._images, self._labels = images, labels
         self._mean, self._std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-        self._batch_size, self._generator = batch_size, generator
-        self._augment, self._padding, self._mirror = augment, padding, mirror
-        self._fixed: Tensor | None = None
-        if limit is not None:
-            self._fixed = self._order()[:limit]
-        elif generator is None:
-            self._fixed = torch.arange(len(labels))
-
-    def _order(self) -> Tensor:
-        count = len(self._labels)
-        return torch.arange(count) if self._generator is None else torch.randperm(count, generator=self._generator)
+        self._generator, self._augment, self._padding, self._mirror = generator, augment, padding, mirror
+        self._order = Order(len(labels), batch_size=batch_size, limit=limit, generator=generator)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = self._order() if self._fixed is None else self._fixed
-        for indices in order.split(self._batch_size):
+        for indices in self._order:
             pixels = self._images[indices]
             if self._augment:
                 pixels = self._shifted(pixels)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torchvision.datasets import MNIST
 
 from sparsekit.errors import DataError
-from sparsekit.tasks import MnistAutoencoder, autoencoder
+from sparsekit.tasks import MnistAutoencoder, autoencoder, idx
 from sparsekit.tasks.dense import Recipe
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -30,14 +30,14 @@ def images():
     return {file: draw.integers(0, 256, (size, 28, 28), dtype=np.uint8) for file, size in SIZES.items()}
 
 
-def idx(pixels):
+def encoded(pixels):
     return np.array([0x803, *pixels.shape], dtype=">u4").tobytes() + pixels.tobytes()
 
 
 def write(folder, images, packed=False):
     folder.mkdir(parents=True)
     for file, name in NAMES.items():
-        content = idx(images[file])
+        content = encoded(images[file])
         (folder / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(content) if packed else content)
 
 
@@ -90,12 +90,12 @@ def test_files_of_other_splits_are_not_read(folder, absent, split):
 def test_files_are_read_once_an_object(folder, monkeypatch):
     one = task(folder)
     read(one, "tuning")
-    monkeypatch.setattr(autoencoder, "_read", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr(idx, "_read", lambda *_: pytest.fail("read again"))
     read(one, "reporting")
 
 
 def test_network_needs_no_data(folder, monkeypatch):
-    monkeypatch.setattr(autoencoder, "_read", lambda _: pytest.fail("data were read"))
+    monkeypatch.setattr(idx, "_read", lambda *_: pytest.fail("data were read"))
     assert [tuple(p.shape) for p in task(folder).network().parameters() if p.dim() > 1] == [
         (1000, 784),
         (500, 1000),

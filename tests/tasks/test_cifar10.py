@@ -1,6 +1,7 @@
 import hashlib
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from torch.testing import assert_close
 from torchvision.datasets import CIFAR10
 
 from sparsekit.errors import DataError
-from sparsekit.models import resnet
+from sparsekit.models import resnet, resnet18
+from sparsekit.run import execute, load_registry
+from sparsekit.settings import resolve
 from sparsekit.tasks import Cifar10, cifar10
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -229,6 +232,75 @@ def test_model_has_the_checkpoint_s_weights(task, parquet, checkpoint):
 def test_network_is_of_the_architecture(task, parquet, depth):
     network = task(parquet, architecture=f"resnet{depth}").network()
     assert network.state_dict().keys() == resnet(depth).state_dict().keys()
+
+
+def test_resnet18_without_a_checkpoint_is_trained_and_cached(task, folder, own_cache, monkeypatch):
+    monkeypatch.setattr(cifar10, "train", lambda model, *_: model.fc.bias.data.fill_(7))
+    wanted = {"architecture": "resnet18", "checkpoint": None}
+    assert set(task(folder, **wanted).model().fc.bias.tolist()) == {7}
+    monkeypatch.setattr(cifar10, "train", lambda *_: pytest.fail("trained again"))
+    assert set(task(folder, **wanted).model().fc.bias.tolist()) == {7}
+
+
+def test_epochs_of_resnet18_s_training_name_another_network(task, parquet, own_cache, monkeypatch):
+    monkeypatch.setattr(cifar10, "train", lambda *_: None)
+    for epochs in (1, 2):
+        task(parquet, architecture="resnet18", checkpoint=None, epochs=epochs).model()
+    assert len(list(own_cache.glob("cifar10-resnet18-*.safetensors"))) == 2
+
+
+def test_a_checkpoint_of_resnet18_is_loaded_and_nothing_trained(task, parquet, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "train", lambda *_: pytest.fail("trained"))
+    given = resnet18(10).state_dict()
+    torch.save(given, tmp_path / "resnet18.pt")
+    one = task(parquet, architecture="resnet18", checkpoint=str(tmp_path / "resnet18.pt"))
+    assert_close(dict(one.model().state_dict()), dict(given))
+
+
+def test_absent_checkpoint_of_resnet18_may_be_left_out(task, parquet, tmp_path):
+    with pytest.raises(DataError, match="no checkpoint file .*; leave it out to train one"):
+        task(parquet, architecture="resnet18", checkpoint=str(tmp_path / "absent.pt"))
+
+
+@pytest.mark.slow
+def test_interrupted_training_ends_as_an_uninterrupted_one(task, parquet, monkeypatch, tmp_path):
+    monkeypatch.setattr(cifar10, "RESIDUAL", replace(cifar10.RESIDUAL, batch_size=4))  # three batches an epoch
+
+    def build(stop=None):
+        one = task(parquet, architecture="resnet18", checkpoint=None, epochs=2)
+        one.seen = []
+
+        def progress(done, total):
+            one.seen.append(done)
+            if done == stop:
+                raise KeyboardInterrupt
+
+        one.progress = progress
+        return one
+
+    with pytest.raises(KeyboardInterrupt):
+        build(stop=4).model()
+    again = build()
+    resumed = dict(again.model().state_dict())
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path / "other"))
+    assert_close(resumed, dict(build().model().state_dict()), rtol=0, atol=0)
+    assert again.seen == [4, 5, 6]
+
+
+@pytest.mark.slow
+def test_resnet18_can_be_pruned(parquet, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "train", lambda *_: None)
+    settings = {
+        "task": {"name": "cifar10", "data_dir": str(parquet), "architecture": "resnet18"},
+        "estimator": {"name": "diagonal", "examples": 4, "batch_size": 4},
+        "schedule": "one-shot",
+        "sparsity": [0.9],
+        "output": str(tmp_path / "runs"),
+        "tracking": {"enabled": False},
+    }
+    registry = load_registry()
+    record = execute(resolve(settings, registry), registry).record
+    assert record.levels[0].achieved == pytest.approx(0.9, abs=1e-4)
 
 
 def test_checkpoint_of_another_architecture_is_refused(task, parquet):

@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 from sparsekit.interfaces import Task, TaskSettings
 from sparsekit.likelihoods import Categorical
-from sparsekit.tasks.dense import Recipe, dense_network, train
+from sparsekit.tasks import dense
+from sparsekit.tasks.dense import MomentumRecipe, Recipe, cached_network, dense_network, train
 
 RECIPE = Recipe(epochs=3, learning_rate=0.1, batch_size=4)
 STEPS = 3  # an epoch
@@ -20,13 +21,15 @@ class Points(Task):
     likelihood = Categorical()
     stop: int | None = None
 
+    recipe = RECIPE
+
     def network(self):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
             return nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 2))
 
     def model(self):
-        return dense_network(self, lambda: self.cached, lambda model: train(model, self, RECIPE, self.cached))
+        return dense_network(self, lambda: self.cached, lambda model: train(model, self, self.recipe, self.cached))
 
     def size(self, split):
         return 10
@@ -69,6 +72,35 @@ def test_interrupted_training_ends_as_an_uninterrupted_one(build, stop):
     assert again.seen == [(step, 9) for step in range((stop - 1) // STEPS * STEPS + 1, 10)]
 
 
+@pytest.mark.parametrize("recipe", [RECIPE, MomentumRecipe(3, 0.1, 4)], ids=["adam", "momentum"])
+@pytest.mark.parametrize("stop", [2, 3, 6])
+def test_long_epochs_are_saved_within(build, monkeypatch, recipe, stop):
+    monkeypatch.setattr(dense, "SAVE_EVERY", 0)
+    monkeypatch.setattr(Points, "recipe", recipe)
+    with pytest.raises(KeyboardInterrupt):
+        build(stop=stop).model()
+    again = build()
+    assert_close(again.model().state_dict(), build("b").model().state_dict(), rtol=0, atol=0)
+    assert again.seen == [(step, 9) for step in range(stop, 10)]
+
+
+def test_state_of_a_version_that_counted_epochs_is_thrown_away(build):
+    task = build()
+    task.cached.parent.mkdir()
+    torch.save({"epochs": 2, "model": {}, "optimiser": {}}, task.cached.with_suffix(".unfinished"))
+    task.model()
+    assert len(task.seen) == 9
+
+
+@pytest.mark.gpu
+def test_training_is_on_the_task_s_device_and_its_network_on_the_cpu(build, monkeypatch):
+    task, seen = build(), []
+    task.device = torch.device("cuda")
+    task.progress = lambda *_: seen.append(torch.cuda.memory_allocated() > 0)
+    assert {p.device.type for p in task.model().parameters()} == {"cpu"}
+    assert all(seen)
+
+
 def test_only_the_network_is_left(build):
     task = build()
     task.model()
@@ -98,3 +130,19 @@ def test_seeds_give_different_networks(build):
 
 def test_recipes_have_names_of_their_own():
     assert Recipe(3, 0.1, 4).hash == RECIPE.hash != Recipe(3, 0.1, 8).hash
+    assert MomentumRecipe(3, 0.1, 4).hash not in {RECIPE.hash, MomentumRecipe(3, 0.1, 4, momentum=0.5).hash}
+
+
+def test_recipes_keep_their_names():
+    assert Recipe(epochs=20, learning_rate=1e-3, batch_size=128).hash == "09f4dd64"  # of cached autoencoders
+
+
+def test_cached_networks_are_named_by_data_and_seed(build):
+    names = {cached_network(build(seed=s), "points", RECIPE, data).name for s in (0, 1) for data in ("a" * 9, "b" * 9)}
+    assert f"points-{RECIPE.hash}-aaaaaaaa-seed1.safetensors" in names
+    assert len(names) == 4
+
+
+def test_momentum_is_torch_s(build):
+    (group,) = MomentumRecipe(3, 0.1, 4, weight_decay=0.01).optimiser(build().network()).param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.9, 0.01)

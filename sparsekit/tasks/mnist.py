@@ -1,0 +1,95 @@
+"""`mnist`: LeNet on handwritten digits, trained here on first use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from sparsekit.errors import DataError
+from sparsekit.interfaces import FinetuneSettings, Split, Task, TaskSettings
+from sparsekit.likelihoods import Categorical
+from sparsekit.models import lenet
+from sparsekit.tasks.dense import Recipe, cached_network, dense_network, train
+from sparsekit.tasks.idx import File, MnistFiles
+from sparsekit.tasks.images import ImageBatches, part
+
+#: 99.3 % right on the reporting half (lenet-300-100: 98.3 %), after two minutes on one core.
+RECIPE = Recipe(epochs=10, learning_rate=1e-3, batch_size=128)
+#: Raised with a change of architecture: cached networks are then trained anew.
+RECIPE_VERSION = 1
+
+
+class MnistSettings(TaskSettings):
+    """Settings of `mnist`."""
+
+    architecture: Literal["lenet5", "lenet-300-100"] = Field("lenet5", description="two convolutions, or none")
+    download: bool = Field(False, description="let torchvision download the data into data_dir")
+
+
+class Mnist(Task):
+    """MNIST (LeCun et al., 1998): 60,000 training images, without augmentation; the 10,000 test images split into
+    tuning (even indices) and reporting (odd).
+    """  # noqa: D205
+
+    name: ClassVar[str] = "mnist"
+    Settings: ClassVar[type[TaskSettings]] = MnistSettings
+    likelihood = Categorical()
+    finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=0)
+    sparsity: ClassVar[tuple[float, ...]] = (0.9, 0.95)
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings)
+        if settings.checkpoint is not None and not Path(settings.checkpoint).is_file():
+            raise DataError(f"there is no checkpoint file '{settings.checkpoint}'; leave it out to train one")
+        self._files = MnistFiles(self.name, settings.data_dir, download=settings.download)
+
+    def network(self) -> nn.Module:
+        """The architecture, untrained, the same for the same seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            return lenet(self.settings.architecture)
+
+    def model(self) -> nn.Module:
+        """From `checkpoint`, else from the cache, else trained here (a few minutes)."""
+        return dense_network(
+            self, self._cached_network, lambda model: train(model, self, RECIPE, self._cached_network())
+        )
+
+    def _cached_network(self) -> Path:
+        name = f"{self.name}-{self.settings.architecture}-v{RECIPE_VERSION}"
+        return cached_network(self, name, RECIPE, self._files.digest("train", labels=True))
+
+    def size(self, split: Split) -> int:
+        return len(self._files.images(_file(split))[part(split)])
+
+    def batches(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        limit: int | None = None,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
+    ) -> ImageBatches:
+        """Images (b, 1, 28, 28) and labels (b,); there is no augmentation."""
+        return ImageBatches(
+            self._files.images(_file(split))[part(split)],
+            self._files.labels(_file(split))[part(split)],
+            mean=(0.1307,),
+            std=(0.3081,),
+            batch_size=batch_size,
+            limit=limit,
+            generator=generator,
+        )
+
+    def fingerprint(self) -> str:
+        """Of all pixels and labels in their order, however they are packed."""
+        return self._files.digest("train", "t10k", labels=True)
+
+
+def _file(split: Split) -> File:
+    return "train" if split == "train" else "t10k"
