@@ -51,5 +51,5 @@ def main() -> None:
         print(f"sparsekit: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("sparsekit: interrupted; go on with the same command and --resume", file=sys.stderr)
+        print("sparsekit: interrupted; the same command goes on, of a run with --resume", file=sys.stderr)
         sys.exit(130)

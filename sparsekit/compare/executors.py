@@ -57,6 +57,7 @@ class LocalExecutor(Executor):
         self._pool = ThreadPoolExecutor(workers)
         self._own = threading.local()
         self._living: set[Any] = set()
+        self._closed = False
 
     def submit(self, function: Callable[[T], R], job: T) -> Future[R]:
         return self._pool.submit(self._run, function, job)
@@ -69,6 +70,8 @@ class LocalExecutor(Executor):
             its.close()
             self._own.worker, self._own.pipe = worker, mine
             self._living.add(worker)
+            if self._closed:  # while it was being started
+                worker.terminate()
         try:
             self._own.pipe.send((function, job))
             failed, result = self._own.pipe.recv()
@@ -85,6 +88,7 @@ class LocalExecutor(Executor):
         return result
 
     def close(self) -> None:
+        self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         for worker in list(self._living):
             worker.terminate()

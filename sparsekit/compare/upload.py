@@ -32,7 +32,7 @@ class Upload:
     """
 
     def __init__(self, uri: str, experiment: str, directory: Path | None = None, name: str = "") -> None:
-        self._uri, self._experiment = uri, experiment
+        self._uri, self._experiment, self._directory = uri, experiment, directory
         self.failure: str | None = None
         self.told = 0
         self._parent: Tracker | None = None
@@ -41,7 +41,6 @@ class Upload:
             key = {"comparison": hashlib.sha256(place.encode()).hexdigest()[:16]}
             self._parent = Tracker(uri, experiment)
             self._parent.start(name, {}, {**key, "directory": place}, self._parent.find(key))
-            self._parent.artifact(directory / PLAN)
             self.failure = self._parent.failure
 
     def run(self, path: Path) -> None:
@@ -60,9 +59,9 @@ class Upload:
         self.failure = self.failure or child.failure
 
     def finish(self, files: Sequence[Path]) -> None:
-        """End the parent run, with the report's files."""
-        if self._parent is not None:
-            for path in files:
+        """End the parent run, with the plan and the report's files."""
+        if self._parent is not None and self._directory is not None:
+            for path in (self._directory / PLAN, *files):
                 self._parent.artifact(path)
             self._parent.finish()
             self.failure = self.failure or self._parent.failure

@@ -1,0 +1,110 @@
+"""Workers do what they are given, tell what went wrong, and end with whoever started them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from sparsekit.compare.executors import LocalExecutor, RayExecutor, WorkerDied
+from sparsekit.errors import SettingsError
+
+
+def pid(_):
+    return os.getpid()
+
+
+def threads(_):
+    import torch
+
+    return torch.get_num_threads()
+
+
+def die(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(text):
+    raise SettingsError(text)
+
+
+def sleep(seconds):
+    time.sleep(seconds)
+
+
+@pytest.fixture(scope="module")
+def executor():
+    with LocalExecutor(1, threads=1) as made:
+        yield made
+
+
+def test_a_worker_is_a_process_of_its_own_and_lives_on(executor):
+    first, second = (executor.submit(pid, None).result() for _ in range(2))
+    assert first == second != os.getpid()
+
+
+def test_a_worker_has_the_threads_that_were_asked_for(executor):
+    assert executor.submit(threads, None).result() == 1
+
+
+def test_what_a_job_raises_its_future_raises(executor):
+    with pytest.raises(SettingsError, match="no such thing"):
+        executor.submit(fail, "no such thing").result()
+
+
+def test_a_worker_that_is_killed_is_told_and_replaced(executor):
+    with pytest.raises(WorkerDied, match=r"ended with code -9: it was killed, or ran out of memory"):
+        executor.submit(die, None).result()
+    assert executor.submit(pid, None).result() != os.getpid()
+
+
+def test_closing_ends_what_is_running():
+    made = LocalExecutor(1)
+    worker = made.submit(pid, None).result()
+    future = made.submit(sleep, 60)
+    while not future.running():
+        time.sleep(0.01)
+    begun = time.perf_counter()
+    made.close()
+    with pytest.raises(WorkerDied):
+        future.result()
+    assert time.perf_counter() - begun < 30
+    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, time\n"
+        "from sparsekit.compare.executors import LocalExecutor\n"
+        "if __name__ == '__main__':\n"
+        "    made = LocalExecutor(1)\n"
+        "    print(made.submit(eval, 'os.getpid() if (os := __import__(\"os\")) else 0').result(), flush=True)\n"
+        "    made.submit(time.sleep, 600)\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        worker = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    worker.wait(timeout=20)
+
+
+def test_ray_that_is_not_there_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SettingsError, match=r"needs Ray: pip install 'sparsekit\[ray\]'"):
+        RayExecutor(1, 1 << 30)
+
+
+@pytest.mark.slow
+def test_ray_does_jobs_and_tells_their_errors():
+    pytest.importorskip("ray")
+    with RayExecutor(1, 1 << 28) as made:
+        assert made.submit(pid, None).result() != os.getpid()
+        with pytest.raises(SettingsError, match="no such thing"):
+            made.submit(fail, "no such thing").result()
+        with pytest.raises(WorkerDied):
+            made.submit(die, None).result()
