@@ -242,7 +242,7 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
             value = {SHORTHAND[key]: given} if key in SHORTHAND and isinstance(given, str) else given
             old = out.get(key)
             if isinstance(old, dict) and isinstance(value, Mapping):
-                renamed = key in COMPONENTS and value.get("name", old.get("name")) != old.get("name")
+                renamed = key in COMPONENTS and "name" in old and value.get("name", old["name"]) != old["name"]
                 out[key] = dict(value) if renamed else merge(old, value)
             else:
                 out[key] = value
