@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sparsekit.cli.plugins import plugins
+from sparsekit.cli.report import report
 from sparsekit.cli.run import run
 from sparsekit.errors import SparsekitError
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(run)
+app.command()(report)
 app.command()(plugins)
 
 
