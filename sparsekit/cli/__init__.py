@@ -9,6 +9,7 @@ import typer
 
 from sparsekit.cli.compare import compare
 from sparsekit.cli.plugins import plugins
+from sparsekit.cli.report import report
 from sparsekit.cli.run import run
 from sparsekit.cli.track import track
 from sparsekit.errors import SparsekitError
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(compare)
 app.command()(track)
+app.command()(report)
 app.command()(plugins)
 
 

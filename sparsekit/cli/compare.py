@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,6 @@ from sparsekit.compare import engine
 from sparsekit.compare.engine import Engine, Sketch
 from sparsekit.compare.executors import Executor, LocalExecutor, RayExecutor
 from sparsekit.compare.plan import Comparison
-from sparsekit.compare.report import write_report
 from sparsekit.compare.spec import ComparisonSettings
 from sparsekit.compare.upload import Uploader
 from sparsekit.errors import SettingsError
@@ -42,14 +42,9 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop.")] = False,
 ) -> None:
     """Compare pruning methods under one protocol. What is finished is kept: the same command goes on."""
-    task = {key: value for key, value in (("data_dir", data_dir), ("checkpoint", checkpoint)) if value is not None}
-    tracking = {key: value for key, value in (("uri", tracking_uri), ("enabled", not no_tracking)) if value is not None}
-    raw = read_config(file)
-    raw["run"] = merge(raw.get("run") or {}, {"task": task} if task else {})
-    raw["tracking"] = merge(raw.get("tracking") or {}, tracking)
-    given = validated(ComparisonSettings, merge(raw, *(parse_assignment(text) for text in assignments or [])), "")
-    if executor not in ("local", "ray"):
-        raise SettingsError(f"there is no executor '{executor}'; known: local, ray")
+    given = _read(file, assignments or [], data_dir, checkpoint, tracking_uri, no_tracking)
+    if executor not in EXECUTORS:
+        raise SettingsError(f"there is no executor '{executor}'; known: {', '.join(EXECUTORS)}")
     registry = load_registry()
     sketch = engine.sketch(given, registry)
     device = find_device(sketch.points[0].resolved.settings.device)
@@ -61,25 +56,52 @@ def compare(
     with Lines() as lines:
         work = Engine(given, directory, registry, tell=lines.tell)
         with work.lock():
-            uploader = _uploader(given, directory)
-            if uploader is not None:
-                work.finished = lambda run: uploader.put(directory / run.directory)
-            made: Executor = (
-                LocalExecutor(count, threads) if executor == "local" else RayExecutor(threads, sketch.memory)
+            found, report, trouble = _work(
+                work, lambda: EXECUTORS[executor](count, threads, sketch.memory), retry_failed
             )
-            with made:
-                found = work.run(made, again=retry_failed)
-            files = write_report(directory, directory / "report")
-            trouble = None if uploader is None else uploader.close(files)
-    if not print_outcome(found, files, trouble):
+    if not print_outcome(found, report, trouble):
         sys.exit(1)
 
 
-def _uploader(given: ComparisonSettings, directory: Path) -> Uploader | None:
-    if not given.tracking.enabled:
-        return None
-    uri = resolve_uri(given.tracking.uri, directory)
-    return Uploader(uri, given.tracking.experiment, directory, given.name)
+EXECUTORS: dict[str, Callable[[int, int, int], Executor]] = {
+    "local": lambda workers, threads, memory: LocalExecutor(workers, threads),
+    "ray": lambda workers, threads, memory: RayExecutor(threads, memory),
+}
+
+
+def _read(
+    file: Path,
+    assignments: Sequence[str],
+    data_dir: str | None,
+    checkpoint: str | None,
+    uri: str | None,
+    no_tracking: bool,
+) -> ComparisonSettings:
+    """The file, and over it what the command line gives."""
+    task = {key: value for key, value in (("data_dir", data_dir), ("checkpoint", checkpoint)) if value is not None}
+    tracking = {**({"uri": uri} if uri else {}), **({"enabled": False} if no_tracking else {})}
+    raw = read_config(file)
+    for section, given in (("run", {"task": task} if task else {}), ("tracking", tracking)):
+        if isinstance(raw.get(section, {}), Mapping):  # else it is refused below
+            raw[section] = merge(raw.get(section, {}), given)
+    return validated(ComparisonSettings, merge(raw, *(parse_assignment(text) for text in assignments)), "")
+
+
+def _work(work: Engine, executor: Callable[[], Executor], again: bool) -> tuple[Comparison, Path, str | None]:
+    """Do it, tell MLflow, write it up; what was found, the report, and what MLflow could not be told."""
+    from sparsekit.compare.report import write_report  # matplotlib and scipy: other commands start without them
+
+    given, directory, uploader = work.given, work.directory, None
+    if given.tracking.enabled:
+        uploader = Uploader(
+            resolve_uri(given.tracking.uri, directory), given.tracking.experiment, directory, given.name
+        )
+        work.finished = lambda run: uploader.put(directory / run.directory)
+    with executor() as made:
+        found = work.run(made, again=again)
+    report = write_report(directory)
+    trouble = None if uploader is None else uploader.close(sorted(report.parent.iterdir()))
+    return found, report, trouble
 
 
 def print_sketch(given: ComparisonSettings, sketch: Sketch, workers: int) -> None:
@@ -104,7 +126,7 @@ def print_sketch(given: ComparisonSettings, sketch: Sketch, workers: int) -> Non
         console.print(f"[yellow]protocol:[/] {escape(line)}.", highlight=False)
 
 
-def print_outcome(found: Comparison, files: list[Path], trouble: str | None) -> bool:
+def print_outcome(found: Comparison, report: Path, trouble: str | None) -> bool:
     """What came of it; whether every run is finished."""
     console = Console()
     finished = [run for run in found.plan.runs if found.finished(run)]
@@ -120,6 +142,5 @@ def print_outcome(found: Comparison, files: list[Path], trouble: str | None) -> 
         console.print(
             f"[yellow]tracking:[/] {escape(trouble)}. 'sparsekit track {found.directory}' tells MLflow later."
         )
-    for path in files:
-        console.print(f"Report: {path}", soft_wrap=True, highlight=False)
+    console.print(f"Report: {report}", soft_wrap=True, highlight=False)
     return len(finished) == len(found.plan.runs)

@@ -1,0 +1,18 @@
+"""`sparsekit report`: a comparison's records, written up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a comparison.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the report; default DIR/report.")] = None,
+) -> None:
+    """Write up a comparison from its records: tables, plots, paired differences, as HTML, Markdown, CSV and JSON."""
+    from sparsekit.compare.report import write_report  # matplotlib and scipy: other commands start without them
+
+    typer.echo(f"Report: {write_report(directory, output)}")

@@ -1,0 +1,233 @@
+"""The figures of a task: accuracy, Pareto, predicted against measured, layers, refinement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from matplotlib.axes import Axes
+
+from sparsekit.compare.drawing import MOST, Figure, Panel, Styles, draw, sparsity_axis, styles
+from sparsekit.compare.ledger import seconds
+from sparsekit.compare.spread import Metric, Spread, percent
+from sparsekit.compare.summary import Phase, Point, TaskSummary
+from sparsekit.compare.tables import phase_name
+from sparsekit.records import RunRecord, StepRecord
+
+
+def of_task(task: TaskSummary, name: str) -> list[Figure]:
+    """All that the records have something for; `name` begins their ids."""
+    found: list[Figure | None] = []
+    for phase in task.phases:
+        found += [accuracy(task, phase, f"{name}-{phase}"), pareto(task, phase, f"{name}-pareto-{phase}")]
+    found += [increases(task, f"{name}-increase"), layers(task, f"{name}-layers")]
+    found.append(refinement(task, f"{name}-refinement"))
+    return [figure for figure in found if figure is not None]
+
+
+def panels(points: Sequence[Point], body: Callable[[Sequence[Point], Axes, Styles], None]) -> list[Panel]:
+    """One for each value of reconstruction, and no more than eight lines in each."""
+    out = []
+    for fitted in dict.fromkeys(point.axes.get("reconstruction", "none") for point in points):
+        same = [point for point in points if point.axes.get("reconstruction", "none") == fitted]
+        title = f"{'no' if fitted == 'none' else fitted} reconstruction"
+        for start in range(0, len(same), MOST):
+            part = same[start : start + MOST]
+            more = f" ({start // MOST + 1})" if len(same) > MOST else ""
+            out.append(Panel(title + more, partial(body, part), tuple(point.short for point in part)))
+    return out
+
+
+def _scaled(metric: Metric, value: float) -> float:
+    return 100 * value if metric.is_accuracy else value
+
+
+def _axis(metric: Metric) -> str:
+    return "top-1 accuracy in %" if metric.is_accuracy else f"{metric.name}, mean per example"
+
+
+def _dense(task: TaskSummary, axes: Axes) -> None:
+    if task.metric.name in task.dense:
+        level = _scaled(task.metric, task.dense[task.metric.name].mean)
+        axes.axhline(level, color="#555555", linewidth=0.8, linestyle=(0, (1, 2)))
+
+
+def _value_axis(task: TaskSummary, axes: Axes) -> None:
+    axes.set_ylabel(_axis(task.metric))
+    if not task.metric.is_accuracy:
+        axes.set_yscale("log")  # a ruined network's loss is many times the dense one's
+
+
+def accuracy(task: TaskSummary, phase: Phase, name: str) -> Figure | None:
+    """The metric against sparsity, with bands from the least to the greatest seed."""
+
+    def body(points: Sequence[Point], axes: Axes, known: Styles) -> None:
+        for point in points:
+            values = {s: Spread.of(point.metric(task.metric, s, phase)) for s in task.sparsities}
+            rows = [(1 - s, v) for s, v in values.items() if v is not None and math.isfinite(v.mean)]
+            places, spreads = [place for place, _ in rows], [spread for _, spread in rows]
+            low, mean, high = (
+                [_scaled(task.metric, getattr(spread, part)) for spread in spreads] for part in ("low", "mean", "high")
+            )
+            axes.plot(places, mean, **known[point.short].line())
+            axes.fill_between(places, low, high, color=known[point.short].colour, alpha=0.15, linewidth=0)
+        _dense(task, axes)
+        _value_axis(task, axes)
+        sparsity_axis(axes, task.sparsities)
+
+    points = [p for p in task.points if any(p.metric(task.metric, s, phase) for s in task.sparsities)]
+    if not points:
+        return None
+    caption = (
+        f"{_axis(task.metric)} after {'the cut' if phase == 'pruned' else 'fine-tuning'} against sparsity: mean over "
+        "seeds, bands from the least to the greatest. Dotted: the dense network."
+    )
+    title = f"{_title(task.metric)} against sparsity, {phase_name(phase)}"
+    return draw(name, title, _capital(caption), panels(points, body), styles([point.short for point in points]))
+
+
+def _title(metric: Metric) -> str:
+    return "Accuracy" if metric.is_accuracy else _capital(metric.name)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def pareto(task: TaskSummary, phase: Phase, name: str) -> Figure | None:
+    """The metric against curvature seconds at the middle sparsity."""
+    spent, reached = {}, {}
+    for point in task.points:
+        cost = Spread.of({seed: seconds(record, "curvature") for seed, record in point.runs.items()})
+        value = Spread.of(point.metric(task.metric, task.middle, phase))
+        if cost is not None and value is not None and math.isfinite(value.mean):
+            spent[point], reached[point] = cost.mean, value
+    if not reached:
+        return None
+    least = min((cost for cost in spent.values() if cost > 0), default=1.0)
+
+    def body(points: Sequence[Point], axes: Axes, known: Styles) -> None:
+        for point in points:
+            low, mean, high = (_scaled(task.metric, getattr(reached[point], part)) for part in ("low", "mean", "high"))
+            axes.vlines(spent[point], low, high, color=known[point.short].colour, linewidth=1)
+            axes.plot([spent[point]], [mean], **known[point.short].dots())
+        axes.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(least)))
+        axes.set_xlim(-0.3 * 10 ** math.floor(math.log10(least)), 1.6 * max(least, *spent.values()))
+        axes.set_xlabel("curvature in s (log scale, from 0)")
+        _dense(task, axes)
+        _value_axis(task, axes)
+
+    where = percent(task.middle)
+    caption = (
+        f"{_axis(task.metric)} at {where} against the seconds that all curvature of a run took: mean over seeds, bars "
+        "from the least to the greatest. Dotted: the dense network. Further left is cheaper."
+    )
+    title = f"{_title(task.metric)} at {where} against curvature seconds, {phase_name(phase)}"
+    return draw(name, title, _capital(caption), panels(list(reached), body), styles([p.short for p in reached]))
+
+
+def increases(task: TaskSummary, name: str) -> Figure | None:
+    """Predicted against measured increase of the loss, both logarithmic, with the diagonal."""
+    pairs = {
+        point: [
+            (level.predicted_increase, level.measured_increase)
+            for sparsity in task.sparsities
+            for _, level in point.levels(sparsity).values()
+        ]
+        for point in task.points
+    }
+    good = {point: [pair for pair in found if _positive(pair)] for point, found in pairs.items()}
+    good = {point: found for point, found in good.items() if found}
+    if not good:
+        return None
+    left = sum(map(len, pairs.values())) - sum(map(len, good.values()))
+    everything = [value for found in good.values() for pair in found for value in pair]
+    ends = [min(everything), max(everything)]
+
+    def body(points: Sequence[Point], axes: Axes, known: Styles) -> None:
+        axes.plot(ends, ends, color="#555555", linewidth=0.8)
+        for point in points:
+            predicted, measured = zip(*good[point], strict=True)
+            axes.plot(predicted, measured, **known[point.short].dots())
+        axes.set(xscale="log", yscale="log", xlabel="predicted increase of the loss", ylabel="measured increase")
+
+    caption = (
+        "Increase of the mean loss per example on the calibration examples, predicted by the quadratic model and "
+        "measured, one mark for each seed and sparsity; on the line the prediction is exact."
+    )
+    if left:
+        caption += f" Left out, because one of the two is not positive or not defined: {left}."
+    return draw(name, "Predicted against measured increase", caption, panels(list(good), body), _styles(good))
+
+
+def _styles(points: Sequence[Point] | dict[Point, list[tuple[float, float]]]) -> Styles:
+    return styles([point.short for point in points])
+
+
+def _positive(pair: tuple[float, float]) -> bool:
+    return all(math.isfinite(value) and value > 0 for value in pair)
+
+
+def layers(task: TaskSummary, name: str) -> Figure | None:
+    """Sparsity of each layer at the middle sparsity: the first point of each method, its first seed."""
+    chosen: dict[tuple[str, ...], tuple[Point, dict[str, float]]] = {}
+    for point in task.points:
+        levels = point.levels(task.middle)
+        key = tuple(point.axes.get(axis, "") for axis in ("method", "pattern", "schedule"))
+        if levels and key not in chosen:
+            chosen[key] = point, levels[min(levels)][1].layer_sparsity
+    drawn = {point.label: sparsity for point, sparsity in chosen.values()}
+    names = list(dict.fromkeys(layer for found in drawn.values() for layer in found))
+    if not names:
+        return None
+
+    def body(labels: Sequence[str], axes: Axes, known: Styles) -> None:
+        for label in labels:
+            axes.plot([100 * drawn[label].get(n, 0.0) for n in names], **known[label].line())
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axes.set(ylabel="sparsity of the layer in %", xlabel="weight, in the network's order")
+
+    labels = list(drawn)
+    parts = [tuple(labels[start : start + MOST]) for start in range(0, len(labels), MOST)]
+    found = [Panel("", partial(body, part), part) for part in parts]
+    where = percent(task.middle)
+    caption = f"Where the weights went at {where} over all: the first row of each method in the plan, its first seed."
+    return draw(name, f"Layer-wise sparsity at {where}", caption, found, styles(labels), columns=1, tall=3.6)
+
+
+def refinement(task: TaskSummary, name: str) -> Figure | None:
+    """The metric along the steps of gradual runs, before and after each step's fine-tuning."""
+    runs = {point: point.runs[min(point.runs)] for point in task.points if point.runs}
+    tracks = {point: track for point, run in runs.items() if len(track := _track(task.metric, run)) > 1}
+    if not tracks:
+        return None
+
+    def body(points: Sequence[Point], axes: Axes, known: Styles) -> None:
+        for point in points:
+            steps, values = zip(*tracks[point], strict=True)
+            axes.plot(steps, [_scaled(task.metric, v) for v in values], **known[point.short].line())
+        axes.set_xlabel("step (cut, then fine-tuning at half)")
+        _dense(task, axes)
+        _value_axis(task, axes)
+
+    caption = (
+        f"{_axis(task.metric)} along the steps of gradual runs, first seed: at a whole number after the cut and "
+        "reconstruction, half a step on after fine-tuning. Dotted: the dense network."
+    )
+    return draw(name, "Refinement, step by step", _capital(caption), panels(list(tracks), body), _styles(list(tracks)))
+
+
+def _track(metric: Metric, run: RunRecord) -> list[tuple[float, float]]:
+    """(step, metric): at n after the n-th cut, at n + ½ after its fine-tuning; empty for runs of one cut a level."""
+    if run.path != "sequential" or len(run.steps) < 2:
+        return []
+    return [point for step in run.steps for point in _of_step(metric, step)]
+
+
+def _of_step(metric: Metric, step: StepRecord) -> list[tuple[float, float]]:
+    found = [(step.index + 1.0, step.pruned), (step.index + 1.5, step.finetuned)]
+    known = [
+        (place, figures[metric.name]) for place, figures in found if figures is not None and metric.name in figures
+    ]
+    return [(place, value) for place, value in known if math.isfinite(value)]

@@ -1,0 +1,127 @@
+"""A comparison's report: one page that opens from disk, the same in Markdown, and the figures as CSV and JSON."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from sparsekit.compare import export, figures, ledger, tables, words
+from sparsekit.compare.drawing import Figure
+from sparsekit.compare.plan import Comparison, Failure
+from sparsekit.compare.summary import Summary, TaskSummary, summarise
+from sparsekit.compare.tables import Table
+from sparsekit.records import atomic_write
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page has of one task."""
+
+    name: str
+    anchor: str
+    dense: str
+    unit: str
+    says: list[str]
+    more: list[str]
+    figures: list[Figure]
+    reached: list[Table]
+    took: list[Table]
+
+
+def write_report(directory: Path, output: Path | None = None) -> Path:
+    """Make a comparison's report from its records; what is there from before is replaced, file by file.
+
+    Args:
+        directory: of the comparison.
+        output: folder of the report; default `report` in the comparison's directory.
+
+    Returns:
+        The path of `report.html`; beside it are report.md, results.csv, costs.csv and results.json.
+
+    Raises:
+        RecordError: there is no comparison, its files are damaged, or the folder cannot be written.
+    """
+    summary = summarise(Comparison.load(directory))
+    folder = directory / "report" if output is None else output
+    content = _content(summary, directory, output)
+    files = {
+        "results.csv": export.results_csv(summary),
+        "costs.csv": export.costs_csv(summary),
+        "results.json": export.results_json(summary),
+        "report.md": _render("report.md.j2", content),
+        "report.html": _render("report.html.j2", content),  # last: what it names is there
+    }
+    for name, text in files.items():
+        atomic_write(folder / name, text.encode())
+    return folder / "report.html"
+
+
+def _render(template: str, content: dict[str, Any]) -> str:
+    environment = Environment(
+        loader=PackageLoader("sparsekit.compare"),
+        autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["drawing"] = lambda figure: Markup(figure.svg)  # our own, its words escaped there
+    environment.filters["cell"] = _markdown_cell
+    return environment.get_template(template).render(content)
+
+
+def _markdown_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _content(summary: Summary, directory: Path, output: Path | None) -> dict[str, Any]:
+    """What the templates are filled with."""
+    comparison = summary.comparison
+    times = [time for s in summary.states if s.record for time in (s.record.started, s.record.finished) if time]
+    command = ["sparsekit", "report", str(directory), *(["--output", str(output)] if output is not None else [])]
+    return {
+        "plan": comparison.plan,
+        "counts": {state: summary.count(state) for state in ("finished", "failed", "unfinished")},
+        "degraded": sum(bool(s.record and s.record.degraded) for s in summary.states),
+        "begun": min(times, default=None),
+        "ended": max(times, default=None),
+        "warnings": words.warnings(summary),
+        "limits": words.limits(summary),
+        "tuning": words.tuning(comparison.tuning),
+        "trials": ledger.trials(comparison.tuning) if comparison.tuning is not None else None,
+        "sections": [_section(task, f"task-{i}", comparison.plan.reference) for i, task in enumerate(summary.tasks)],
+        "departures": ledger.departures(summary),
+        "mishaps": ledger.mishaps(summary),
+        "details": _details(summary),
+        "machines": ledger.machines(summary),
+        "command": shlex.join(command),
+        "file": yaml.safe_dump(comparison.plan.file, sort_keys=False, allow_unicode=True).rstrip(),
+    }
+
+
+def _section(task: TaskSummary, anchor: str, reference: str | None) -> Section:
+    took = [ledger.cost(task), ledger.reached(task), ledger.multiply_adds(task), ledger.losses(task)]
+    return Section(
+        name=task.name,
+        anchor=anchor,
+        dense=words.dense(task),
+        unit=f", in{task.metric.unit}" if task.metric.unit else "",
+        says=words.of_task(task, reference),
+        more=words.by_method(task),
+        figures=figures.of_task(task, anchor),
+        reached=list(tables.of_task(task, reference)),
+        took=[table for table in took if table is not None],
+    )
+
+
+def _details(summary: Summary) -> dict[str, Failure]:
+    """Failures that have a traceback, by the name of the run's directory."""
+    failures = summary.comparison.failures
+    failed = [s.run.directory for s in summary.states if s.state == "failed"]
+    return {Path(name).name: failures[name] for name in failed if failures[name].details}

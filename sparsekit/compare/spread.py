@@ -1,0 +1,138 @@
+"""Figures over seeds: spreads, differences taken seed by seed, and how a metric is written down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from scipy import stats
+
+#: Of the intervals of differences; each by itself, not corrected for how many are looked at.
+CONFIDENCE = 0.95
+
+#: Pairs below which no interval is claimed.
+FEWEST = 3
+
+Verdict = Literal["better", "worse", "tie", "unclaimed"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of a task: accuracy as a fraction, or a loss per example.
+
+    Attributes:
+        name: as in the records.
+    """
+
+    name: str
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether it is a fraction of examples, higher better; everything else is a loss, lower better."""
+        return self.name == "accuracy"
+
+    @property
+    def title(self) -> str:
+        """With its unit."""
+        return "top-1 accuracy in %" if self.is_accuracy else f"{self.name} (mean per example, lower is better)"
+
+    @property
+    def unit(self) -> str:
+        """Of differences, with a space before it; empty for a loss, whose unit depends on the task."""
+        return " points" if self.is_accuracy else ""
+
+    def text(self, value: float) -> str:
+        """93.4 for an accuracy of 0.934; three significant digits of a loss."""
+        if not math.isfinite(value):
+            return "not finite"
+        return f"{100 * value:.1f}" if self.is_accuracy else significant(value)
+
+    def change(self, value: float) -> str:
+        """The same with its sign: +1.2, −0.4, 0.0."""
+        text = self.text(value)
+        if not math.isfinite(value) or not text.strip("-0."):
+            return text.lstrip("-")
+        return f"−{text[1:]}" if text.startswith("-") else f"+{text}"
+
+    def gain(self, value: float) -> float:
+        """The value or its negative, so that more is better."""
+        return value if self.is_accuracy else -value
+
+    def verdict(self, difference: Difference) -> Verdict:
+        """What a difference shows: nothing is claimed of fewer than three pairs."""
+        if difference.interval is None:
+            return "unclaimed"
+        low, high = difference.interval
+        if low <= 0 <= high:
+            return "tie"
+        return "better" if self.gain(difference.mean) > 0 else "worse"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, least and greatest of a figure over `n` seeds."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Mapping[int, float]) -> Spread | None:
+        """Over seeds; None where there is none."""
+        if not values:
+            return None
+        figures = [values[seed] for seed in sorted(values)]
+        if any(math.isnan(value) for value in figures):
+            return cls(math.nan, math.nan, math.nan, len(figures))
+        return cls(sum(figures) / len(figures), min(figures), max(figures), len(figures))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One point's figure minus another's, over the seeds that both have.
+
+    Attributes:
+        mean, low, high: of the n differences.
+        n: pairs.
+        interval: 95 %, mean ± t(n−1) s/√n; None for fewer than three pairs or where one is not finite.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    interval: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, figures: Mapping[int, float], others: Mapping[int, float]) -> Difference | None:
+        """Seed by seed; None where no seed is in both."""
+        pairs = {seed: figures[seed] - others[seed] for seed in figures if seed in others}
+        spread = Spread.of(pairs)
+        if spread is None:
+            return None
+        return cls(spread.mean, spread.low, spread.high, spread.n, _interval(list(pairs.values())))
+
+
+def _interval(values: list[float]) -> tuple[float, float] | None:
+    n = len(values)
+    if n < FEWEST or not all(math.isfinite(value) for value in values):
+        return None
+    mean = sum(values) / n
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n)
+    return mean - reach, mean + reach
+
+
+def significant(value: float) -> str:
+    """Three significant digits: 0.223, 58.6, 1,234."""
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def percent(fraction: float) -> str:
+    """90 % or 97.5 % of a sparsity: as many digits as it needs."""
+    return f"{round(100 * fraction, 4):g} %"

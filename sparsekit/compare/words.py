@@ -1,0 +1,254 @@
+"""Sentences that the figures support, with the figures: a tie is called a tie, and too few seeds claim nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from sparsekit.compare.attribution import ARMS, counterpart, difference, parts, tied
+from sparsekit.compare.plan import Tuning
+from sparsekit.compare.spread import FEWEST, Difference, Metric, Spread, Verdict, percent
+from sparsekit.compare.summary import Phase, Point, Summary, TaskSummary
+from sparsekit.compare.tables import phase_name
+
+#: A sparsity and what was found there.
+Found = tuple[float, Difference | None]
+
+
+def said(metric: Metric, found: Difference) -> str:
+    """'+1.2, +0.1 to +2.3': the mean and the 95 % interval; '+1.2, n 2' where there is none."""
+    if found.interval is None:
+        return f"{metric.change(found.mean)}, n {found.n}"
+    low, high = (metric.change(value) for value in found.interval)
+    return f"{metric.change(found.mean)}, {low} to {high}"
+
+
+def by_verdict(metric: Metric, found: Iterable[Found], words: dict[Verdict, str]) -> str:
+    """'more at 80 % (…), 90 % (…); a tie at 50 % (…)': sparsities with the same verdict together."""
+    groups: dict[Verdict, list[str]] = {}
+    for sparsity, value in found:
+        if value is not None:
+            groups.setdefault(metric.verdict(value), []).append(f"{percent(sparsity)} ({said(metric, value)})")
+    return "; ".join(f"{text} at {', '.join(groups[key])}" for key, text in words.items() if key in groups)
+
+
+def of_task(task: TaskSummary, method: str | None) -> list[str]:
+    """What the tables of a task say, in the order of their weight."""
+    most = max((len(point.runs) for point in task.points), default=0)
+    out = []
+    if most < FEWEST:
+        seeds = "one seed" if most == 1 else f"{most} seeds"
+        out.append(
+            f"With {seeds} no difference is claimed, whatever the means are: {FEWEST} are needed for an interval."
+        )
+    for phase in task.phases:
+        out += _best(task, phase)
+        if method is not None:
+            out += _second_order(task, method, phase)
+        out += [_tally(task.metric, contests) for contests in _contests(task, phase)]
+    return out + _missing(task, method)
+
+
+def by_method(task: TaskSummary) -> list[str]:
+    """What `of_task` counts, with each method's figures."""
+    out = []
+    for phase in task.phases:
+        for contest in (contest for contests in _contests(task, phase) for contest in contests):
+            text = by_verdict(task.metric, contest.found, contest.words)
+            out.append(f"{contest.method}: {contest.what}, {text}.")
+    return out
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One arm against another, within one method.
+
+    Attributes:
+        what: the two, in words that are the same for all methods.
+        method: whose.
+        words: of each verdict.
+        found: by sparsity.
+    """
+
+    what: str
+    method: str
+    words: dict[Verdict, str]
+    found: list[Found]
+
+
+def _tally(metric: Metric, contests: Sequence[Contest]) -> str:
+    """'…, of 3 methods: 50 %: a tie 3; 90 %: more 2 (+2.0 to +6.5), a tie 1.'."""
+    groups: dict[float, dict[Verdict, list[float]]] = {}
+    for sparsity, value in (found for contest in contests for found in contest.found):
+        if value is not None:
+            groups.setdefault(sparsity, {}).setdefault(metric.verdict(value), []).append(value.mean)
+    words = []
+    for sparsity, verdicts in groups.items():
+        counts = [_count(metric, text, verdicts[key]) for key, text in contests[0].words.items() if key in verdicts]
+        words.append(f"{percent(sparsity)}: {', '.join(counts)}")
+    n = len(contests)
+    return f"{_capital(contests[0].what)}, in {n} method{'s' * (n != 1)}. {'; '.join(words)}."
+
+
+def _count(metric: Metric, text: str, means: list[float]) -> str:
+    low, high = metric.change(min(means)), metric.change(max(means))
+    return f"{text} in {len(means)} ({low if low == high else f'{low} to {high}'})"
+
+
+def _best(task: TaskSummary, phase: Phase) -> list[str]:
+    words = []
+    for sparsity in task.sparsities:
+        best, near = tied(task, sparsity, phase)
+        spread = Spread.of(best.metric(task.metric, sparsity, phase)) if best is not None else None
+        if best is None or spread is None:
+            continue
+        what = f"{percent(sparsity)}: {best.label}, {task.metric.text(spread.mean)}{' %' * task.metric.is_accuracy}"
+        if near:
+            what += f" (tied with {near[0].label})" if len(near) == 1 else f" (tied with {len(near)} others)"
+        words.append(what)
+    return [f"Best mean, {phase_name(phase)}. {'. '.join(words)}."] if words else []
+
+
+def _contests(task: TaskSummary, phase: Phase) -> list[list[Contest]]:
+    """Those of the same two arms together, without those of which no run finished."""
+    groups: dict[str, list[Contest]] = {}
+    for contest in (*_reconstruction_or_compensation(task, phase), *_once_reconstructed(task, phase)):
+        if any(value is not None for _, value in contest.found):
+            groups.setdefault(contest.what, []).append(contest)
+    return list(groups.values())
+
+
+def _reconstruction_or_compensation(task: TaskSummary, phase: Phase) -> Iterator[Contest]:
+    """For each method, the point with reconstruction alone against the one with compensation alone."""
+    words: dict[Verdict, str] = {"better": "more", "tie": "a tie", "worse": "less", "unclaimed": "no claim"}
+    for rebuilt in _alone(task, "reconstruction"):
+        for moved in _alone(task, "compensation"):
+            if _others(rebuilt) == _others(moved):
+                what = f"{rebuilt.axes['reconstruction']} reconstruction alone contributes, against "
+                what += f"{moved.axes['compensation']} compensation alone, {phase_name(phase)}"
+                yield Contest(what, rebuilt.method, words, _along(task, rebuilt, moved, phase))
+
+
+def _alone(task: TaskSummary, arm: str) -> list[Point]:
+    """Points that have this arm and not the other one."""
+    other = ARMS[1 - ARMS.index(arm)]
+    return [p for p in task.points if p.axes.get(arm, "none") != "none" and p.axes.get(other) == "none"]
+
+
+def _others(point: Point) -> dict[str, str]:
+    return {axis: value for axis, value in point.axes.items() if axis not in ARMS}
+
+
+def _once_reconstructed(task: TaskSummary, phase: Phase) -> Iterator[Contest]:
+    """What compensation adds where layers are fitted anyway."""
+    words: dict[Verdict, str] = {
+        "better": "still adds",
+        "tie": "adds nothing (a tie)",
+        "worse": "takes away",
+        "unclaimed": "no claim",
+    }
+    for part in parts(task, None):
+        if part.kind != "compensation" or part.point is None or part.point.axes.get("reconstruction") == "none":
+            continue
+        how, fitted = part.point.axes["compensation"], part.point.axes.get("reconstruction", "none")
+        what = f"with {fitted} reconstruction in place {how} compensation, {phase_name(phase)}"
+        yield Contest(what, part.method, words, _along(task, part.point, part.base, phase))
+
+
+def _along(task: TaskSummary, point: Point, base: Point | None, phase: Phase) -> list[Found]:
+    return [(s, difference(point, base, task.metric, s, phase) if base else None) for s in task.sparsities]
+
+
+def _second_order(task: TaskSummary, method: str, phase: Phase) -> list[str]:
+    """The best second-order point with a reconstruction against the reference with the same."""
+    words: dict[Verdict, str] = {
+        "better": "gains",
+        "tie": "adds nothing (a tie)",
+        "worse": "loses",
+        "unclaimed": "is not claimed to differ",
+    }
+    if any(p.is_second_order for p in task.points if p.method == method):
+        return []  # the reference has it, too
+    out = []
+    for fitted in dict.fromkeys(p.axes.get("reconstruction", "none") for p in task.points):
+        found, names = [], dict[str, None]()
+        for sparsity in task.sparsities:
+            ranked = task.ranked(sparsity, phase)
+            same = [p for p in ranked if p.axes.get("reconstruction", "none") == fitted]
+            best = next((p for p in same if p.is_second_order and p.method != method), None)
+            base = counterpart(best, [p for p in same if p.method == method]) if best is not None else None
+            if best is not None and base is not None:
+                found.append((sparsity, difference(best, base, task.metric, sparsity, phase)))
+                names[best.short] = None
+        text = by_verdict(task.metric, found, words)
+        if text:
+            where = f"with {fitted} reconstruction" if fitted != "none" else "without reconstruction"
+            which = f"the best row at each sparsity ({'; '.join(names)}; chosen by the same figures) against {method}"
+            out.append(f"Second-order information {where}, {phase_name(phase)}, {which}: {text}.")
+    return out
+
+
+def _missing(task: TaskSummary, method: str | None) -> list[str]:
+    missing = [part for part in parts(task, method) if part.missing and part.kind != "compensation"]
+    lines = [f"{part.method}: {part.missing}" for part in missing]
+    return [f"Parts that cannot be told for want of an arm: {'; '.join(dict.fromkeys(lines))}."] if lines else []
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def warnings(summary: Summary) -> list[str]:
+    """Where the comparison departs from the protocol: what the plan says, and what the records show."""
+    out = list(summary.comparison.plan.warnings)
+    for task in summary.tasks:
+        if task.mixed:
+            seeds = ", ".join(map(str, task.mixed))
+            out.append(f"{task.name}: not all methods started from the same dense weights (seeds {seeds}).")
+        if task.splits != ("reporting",):
+            out.append(
+                f"{task.name}: metrics are of the examples '{', '.join(task.splits)}', not of the reporting half."
+            )
+    for name in summary.empty:
+        out.append(f"{name}: no run has finished; there are no figures of it.")
+    return out
+
+
+def limits(summary: Summary) -> list[str]:
+    """What cannot be concluded."""
+    plan = summary.comparison.plan
+    out = [f"A seed varies: {'; '.join(plan.seeds_vary)}."] if plan.seeds_vary else []
+    out += [f"Seeds share: {'; '.join(plan.seeds_share)}."] if plan.seeds_share else []
+    for task in summary.tasks:
+        if task.is_small:
+            out.append(
+                f"{task.name} is a small task ({task.sizes[0]:,} prunable weights): neither the order of the methods, "
+                "nor the sparsities at which they break down, nor their relative cost can be concluded from it for "
+                "larger networks or harder data."
+            )
+    return out
+
+
+def tuning(found: Tuning | None) -> str:
+    """How the settings came about."""
+    if found is None:
+        return "Nothing was tuned: every row is at its method's own defaults, or as published where it says so."
+    count = {len(entry.trials) for entry in found.tuned}
+    each = f"{min(count)}" if len(count) == 1 else f"{min(count, default=0)} to {max(count, default=0)}"
+    failed = sum(not math.isfinite(trial.value) for entry in found.tuned for trial in entry.trials)
+    lost = f", of which {failed} failed" if failed else ""
+    places = f"The damping of {len(found.tuned)} places was tuned with {each} trials each{lost}"
+    return f"{places}; the objective: {found.objective}."
+
+
+def dense(task: TaskSummary) -> str:
+    """The dense network's metrics."""
+    figures: Sequence[str] = [
+        f"{name} {Metric(name).text(spread.mean)}{' %' if Metric(name).is_accuracy else ''}"
+        + (f" ({Metric(name).text(spread.low)}–{Metric(name).text(spread.high)})" if spread.high > spread.low else "")
+        for name, spread in task.dense.items()
+    ]
+    weights = f"{len(task.hashes)} network{'s' * (len(task.hashes) != 1)}"
+    hashes = ", ".join(digest[:12] for digest in task.hashes)
+    return f"Dense: {', '.join(figures)}; {weights} (weights {hashes})." if hashes else f"Dense: {', '.join(figures)}."
