@@ -27,7 +27,7 @@ from sparsekit.tracking import resolve_uri
 
 def compare(
     file: Annotated[Path, typer.Argument(help="YAML file of the comparison.")],
-    output: Annotated[Path, typer.Option(help="Folder of the comparisons' directories.")] = Path("comparisons-out"),
+    output: Annotated[Path, typer.Option(help="Folder of the comparisons' directories.")] = Path("results"),
     data_dir: Annotated[str | None, typer.Option(help="Folder of the task's data: run.task.data_dir.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Dense weights: run.task.checkpoint.")] = None,
     assignments: Annotated[
