@@ -14,14 +14,13 @@ import dataclasses
 import json
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jobs import job, spread
 
 from sparsekit import Objective, ParameterSpace
 from sparsekit.interfaces import measure
@@ -155,14 +154,8 @@ def main() -> None:
     for name in options.only or every:
         for seed in range(1 if options.tune else options.seeds):
             path = options.output / f"baselines-{options.split}-{name.replace(', ', '-')}-{seed}.json"
-            if not path.exists():
-                print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
-                command = [sys.executable, __file__, *sys.argv[1:], "--job", name, "--seed", str(seed)]
-                result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                partial = path.with_suffix(".partial")
-                partial.write_text(result.stdout)
-                partial.replace(path)
-            found.setdefault(name, []).append(json.loads(path.read_text()))
+            done = job(path, f"{name}, seed {seed}", "--job", name, "--seed", str(seed))
+            found.setdefault(name, []).append(done)
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, {options.split} half\n")
     print(f"| | γ | {' | '.join(f'{100 * s:g} %' for s in LEVELS)} | curvature s | removal s | peak MiB |")
     print("|---|---|" + "---|" * (len(LEVELS) + 3))
@@ -176,12 +169,6 @@ def main() -> None:
             took = [statistics.mean(run["seconds"][what] for run in runs) for what in ("curvature", f"removal {key}")]
             peak = max(run["peak_memory_bytes"] for run in runs) / 2**20
             print(f"| {name}, {how} | {gamma} | {' | '.join(cells)} | {took[0]:.0f} | {took[1]:.0f} | {peak:.0f} |")
-
-
-def spread(values: list[float]) -> str:
-    """The mean, and the range over seeds."""
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f}–{max(values):.1f})"
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jobs import job, spread
 
 from sparsekit import Mask, Objective, ParameterSpace
 from sparsekit.interfaces import ReconstructionSettings, measure
@@ -158,14 +157,8 @@ def table_of_one_cut(options: argparse.Namespace) -> None:
         path = (
             options.output / f"reconstruction-{options.split}-{mask.replace(', ', '-').replace(' ', '-')}-{seed}.json"
         )
-        if not path.exists():
-            print(f"{mask}, seed {seed} …", file=sys.stderr, flush=True)
-            command = [sys.executable, __file__, *sys.argv[1:], "--mask", mask, "--seed", str(seed)]
-            result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(result.stdout)
-            partial.replace(path)
-        found.setdefault(mask, []).append(json.loads(path.read_text()))
+        done = job(path, f"{mask}, seed {seed}", "--mask", mask, "--seed", str(seed))
+        found.setdefault(mask, []).append(done)
     columns = ["mask", "compensation, reconstruction", *(f"{100 * s:g} %" for s in LEVELS)]
     columns += ["curvature s", "removal s", "reconstruction s", "peak MiB"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
@@ -260,12 +253,6 @@ def cost(options: argparse.Namespace) -> None:
             found.append(fit(how) / plain)
     for how, found in ratios.items():
         print(f"{how}: {statistics.median(found):.1f} ({min(found):.1f}–{max(found):.1f}) plain training steps")
-
-
-def spread(values: list[float]) -> str:
-    """The mean, and the range over seeds."""
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f}–{max(values):.1f})"
 
 
 def main() -> None:

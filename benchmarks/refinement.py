@@ -16,6 +16,8 @@ import statistics
 import sys
 from typing import Any
 
+from jobs import spread
+
 from sparsekit.records import RunRecord
 from sparsekit.run import execute, load_registry
 from sparsekit.settings import merge, resolve
@@ -37,10 +39,6 @@ def rows(examples: int) -> dict[str, dict[str, Any]]:
             "auxiliary_steps": 20,
         },
     }
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.4f} ({min(values):.4f}–{max(values):.4f})"
 
 
 def main() -> None:
@@ -78,7 +76,7 @@ def main() -> None:
             cells = []
             for index in range(STEPS):
                 values = [getattr(run.steps[index], quantity) for run in runs]
-                cells.append(spread([v["loss"] if isinstance(v, dict) else v for v in values]))
+                cells.append(spread([v["loss"] if isinstance(v, dict) else v for v in values], digits=4))
             seconds = statistics.mean(run.seconds["curvature"] for run in runs)
             print(f"| {name} | {' | '.join(cells)} | {seconds:.1f} |")
 

@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
+from jobs import spread
 
 from sparsekit.records import RunRecord
 from sparsekit.run import execute, load_registry
@@ -92,13 +93,6 @@ def records(rows: Sequence[Row], base: dict[str, Any], seeds: Sequence[int]) -> 
                 given = merge(base, settings, {"seed": seed}, own_network)
                 found.append(processes.submit(record, given).result())
             yield name, found
-
-
-def spread(values: Sequence[float], scale: float = 100.0) -> str:
-    mean = f"{scale * statistics.mean(values):.1f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({scale * min(values):.1f}–{scale * max(values):.1f})"
 
 
 def table(rows: Sequence[tuple[str, list[RunRecord]]], levels: Sequence[float], phase: str, metric: str) -> None:

@@ -233,6 +233,7 @@ class Engine:
         key = str(resolved.as_dict()["task"])
         if key not in self._sources:
             task: Task = resolved.build("task")
+            task.device = find_device(resolved.settings.device)
             task.progress = lambda done, total: self.tell(f"preparing {task.name}", done, total)
             model = task.model()
             self._sources[key] = task, sources(task, model), multiply_adds(task, model)
