@@ -19,7 +19,7 @@ from sparsekit.compare.executors import Executor, WorkerDied
 from sparsekit.compare.plan import PLAN, RUNS, TUNING, Comparison, Failure, Plan, PlannedRun, Tuned, Tuning, read, write
 from sparsekit.compare.spec import WORKER_BYTES, ComparisonSettings, Point, departures, expand, warnings
 from sparsekit.compare.work import Job, do, failure_path
-from sparsekit.errors import RecordError
+from sparsekit.errors import RecordError, SparsekitError
 from sparsekit.interfaces import Task
 from sparsekit.provenance import available_memory, identity, now, sources
 from sparsekit.records import RunDirectory, run_key
@@ -91,9 +91,8 @@ def _memory(point: Point) -> int:
     """Bytes that a worker with a point's run needs at most; refuses what cannot work."""
     try:
         needed = preview(point.resolved).memory
-    except Exception as error:
-        error.add_note(f"in {', '.join([point.method, *point.chosen.values()])}")
-        raise
+    except SparsekitError as error:
+        raise type(error)(f"{point.name}: {error}") from error
     fitting = point.resolved.settings.reconstruction
     return WORKER_BYTES + needed + (fitting.cache_mebibytes << 20 if fitting.how != "none" else 0)
 

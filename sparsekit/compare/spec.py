@@ -81,6 +81,11 @@ class Point:
     resolved: ResolvedRun
 
     @property
+    def name(self) -> str:
+        """For messages."""
+        return ", ".join([self.method, *self.chosen.values()])
+
+    @property
     def axes(self) -> dict[str, str]:
         """What it is, in words: the same keys for every point of a comparison."""
         run, classes = self.resolved.settings, self.resolved.classes
@@ -160,10 +165,9 @@ def _distinct(points: Sequence[Point]) -> None:
     seen: dict[str, str] = {}
     for point in points:
         settings = str({k: v for k, v in point.resolved.as_dict().items() if k != "preset"})
-        where = ", ".join([point.method, *point.chosen.values()])
         if settings in seen:
-            raise SettingsError(f"'{where}' and '{seen[settings]}' are the same run; leave one of them out")
-        seen[settings] = where
+            raise SettingsError(f"'{point.name}' and '{seen[settings]}' are the same run; leave one of them out")
+        seen[settings] = point.name
 
 
 def departures(point: Point, registry: Registry) -> dict[str, Any]:
