@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sparsekit.cli.mask import mask
 from sparsekit.cli.plugins import plugins
 from sparsekit.cli.run import run
 from sparsekit.errors import SparsekitError
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(plugins)
+app.add_typer(mask, name="mask")
 
 
 def _version(show: bool) -> None:
