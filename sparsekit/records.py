@@ -27,6 +27,9 @@ from sparsekit.parameters import ParameterSpace
 #: Raised whenever a field below changes its name, meaning or unit; part of every run's identity.
 SCHEMA_VERSION = 1
 
+#: Of every file of a mask: what True in its tensors means.
+MASK_METADATA = {"format": "pt", "meaning": "True = kept"}
+
 
 class _Schema(BaseModel):
     # Strict JSON has no infinity: it is written as the string "Infinity" and read back as a float.
@@ -190,14 +193,20 @@ def atomic_write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Put tensors of any devices on disk as one safetensors file, whole or not at all.
+
+    Raises:
+        RecordError: the disk refuses.
+    """
     # A copy each, because safetensors refuses tensors that share memory, and tied weights do.
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(copies, temporary, metadata=metadata)
+        save_file(copies, temporary, metadata=dict(metadata))
 
 
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file; raises OSError or SafetensorError."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
@@ -306,8 +315,8 @@ class RunDirectory:
             kept: for each parameter of the space a bool tensor of its shape, True = kept.
         """
         _check_kept(kept, space, "the mask")
-        _save(self.path / "mask.safetensors", kept, {"format": "pt", "meaning": "True = kept"})
-        _save(self.path / "weights.safetensors", weights, {"format": "pt"})
+        write_tensors(self.path / "mask.safetensors", kept, MASK_METADATA)
+        write_tensors(self.path / "weights.safetensors", weights, {"format": "pt"})
 
     @property
     def checkpoint_path(self) -> Path:
@@ -323,7 +332,7 @@ class RunDirectory:
             meta: plain data; floats come back exactly, infinities too.
         """
         path = self.checkpoint_path / f"{step:05d}.safetensors"
-        _save(path, tensors, {"format": "pt", "meta": json.dumps(_plain(meta))})
+        write_tensors(path, tensors, {"format": "pt", "meta": json.dumps(_plain(meta))})
         with _reported("remove old checkpoints in", self.checkpoint_path):
             for other in self.checkpoint_path.iterdir():  # half-written ones of a killed process, too
                 if other != path and other.suffix in {".safetensors", ".tmp"}:
@@ -339,7 +348,7 @@ class RunDirectory:
         paths = sorted(found, key=lambda path: (len(path.name), path.name), reverse=True)
         for path in paths:
             try:
-                tensors, metadata = _load(path)
+                tensors, metadata = read_tensors(path)
                 return int(path.stem), tensors, json.loads(metadata["meta"])
             except (SafetensorError, ValueError, KeyError):
                 continue  # cut short: the one before it is whole

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sparsekit.cli.compare import compare
+from sparsekit.cli.mask import mask
 from sparsekit.cli.plugins import plugins
 from sparsekit.cli.report import report
 from sparsekit.cli.run import run
@@ -26,6 +27,7 @@ app.command()(compare)
 app.command()(track)
 app.command()(report)
 app.command()(plugins)
+app.add_typer(mask, name="mask")
 
 
 def _version(show: bool) -> None:

@@ -1,7 +1,7 @@
 """Networks of the built-in tasks, and dense checkpoints for them."""
 
 from sparsekit.models.autoencoder import Autoencoder
-from sparsekit.models.checkpoints import load_checkpoint
+from sparsekit.models.checkpoints import load_checkpoint, read_state_dict
 from sparsekit.models.digits import DigitsNet
 from sparsekit.models.lenet import lenet
 from sparsekit.models.resnet import CifarResNet, resnet
@@ -15,6 +15,7 @@ __all__ = [
     "SequenceClassifier",
     "lenet",
     "load_checkpoint",
+    "read_state_dict",
     "resnet",
     "resnet18",
 ]

@@ -23,7 +23,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     Raises:
         DataError: the file is missing, holds no state dict, or does not fit the model.
     """
-    state = _read(path)
+    state = {name.removeprefix("module."): tensor for name, tensor in read_state_dict(path).items()}
     expected = model.state_dict()
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
     surplus = [name for name in state if name not in expected]
@@ -46,7 +46,15 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file, on the CPU, under the names that they have there.
+
+    Args:
+        path: a safetensors file, or a torch file that holds a state dict, bare or under 'state_dict'.
+
+    Raises:
+        DataError: the file is missing or holds no state dict.
+    """
     if not path.is_file():
         raise DataError(f"there is no checkpoint file '{path}'; give the file of the dense weights")
     try:
@@ -67,4 +75,4 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"'{path}' holds no state dict; a mapping from parameter names to tensors was needed: "
             "save model.state_dict()"
         )
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+    return {str(name): tensor for name, tensor in content.items()}
