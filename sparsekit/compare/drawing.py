@@ -175,9 +175,8 @@ def _embedded(svg: str, name: str, title: str, caption: str) -> str:
 
 def sparsity_axis(axes: Axes, sparsities: Sequence[float]) -> None:
     """Sparsity in %, spaced by the logarithm of what remains, so that high sparsities stand apart."""
+    axes.set_xlim(1.15 * (1 - min(sparsities)), (1 - max(sparsities)) / 1.15)  # first: one sparsity alone has no range
     axes.set_xscale("log")
     axes.set_xticks([1 - s for s in sparsities], [f"{round(100 * s, 4):g}" for s in sparsities])
     axes.xaxis.set_minor_locator(NullLocator())
-    if not axes.xaxis_inverted():
-        axes.invert_xaxis()
     axes.set_xlabel("sparsity in % (log scale of the rest)")

@@ -84,7 +84,7 @@ def accuracy(task: TaskSummary, phase: Phase, name: str) -> Figure | None:
         "seeds, bands from the least to the greatest. Dotted: the dense network."
     )
     title = f"{_title(task.metric)} against sparsity, {phase_name(phase)}"
-    return draw(name, title, _capital(caption), panels(points, body), styles([point.short for point in points]))
+    return draw(name, title, _capital(caption), panels(points, body), _styles(task))
 
 
 def _title(metric: Metric) -> str:
@@ -124,7 +124,7 @@ def pareto(task: TaskSummary, phase: Phase, name: str) -> Figure | None:
         "from the least to the greatest. Dotted: the dense network. Further left is cheaper."
     )
     title = f"{_title(task.metric)} at {where} against curvature seconds, {phase_name(phase)}"
-    return draw(name, title, _capital(caption), panels(list(reached), body), styles([p.short for p in reached]))
+    return draw(name, title, _capital(caption), panels(list(reached), body), _styles(task))
 
 
 def increases(task: TaskSummary, name: str) -> Figure | None:
@@ -158,11 +158,12 @@ def increases(task: TaskSummary, name: str) -> Figure | None:
     )
     if left:
         caption += f" Left out, because one of the two is not positive or not defined: {left}."
-    return draw(name, "Predicted against measured increase", caption, panels(list(good), body), _styles(good))
+    return draw(name, "Predicted against measured increase", caption, panels(list(good), body), _styles(task))
 
 
-def _styles(points: Sequence[Point] | dict[Point, list[tuple[float, float]]]) -> Styles:
-    return styles([point.short for point in points])
+def _styles(task: TaskSummary) -> Styles:
+    """A row looks the same in all figures of its task."""
+    return styles([point.short for point in task.points])
 
 
 def _positive(pair: tuple[float, float]) -> bool:
@@ -178,6 +179,7 @@ def layers(task: TaskSummary, name: str) -> Figure | None:
         if levels and key not in chosen:
             chosen[key] = point, levels[min(levels)][1].layer_sparsity
     drawn = {point.label: sparsity for point, sparsity in chosen.values()}
+    look = {point.label: _styles(task)[point.short] for point, _ in chosen.values()}
     names = list(dict.fromkeys(layer for found in drawn.values() for layer in found))
     if not names:
         return None
@@ -193,7 +195,7 @@ def layers(task: TaskSummary, name: str) -> Figure | None:
     found = [Panel("", partial(body, part), part) for part in parts]
     where = percent(task.middle)
     caption = f"Where the weights went at {where} over all: the first row of each method in the plan, its first seed."
-    return draw(name, f"Layer-wise sparsity at {where}", caption, found, styles(labels), columns=1, tall=3.6)
+    return draw(name, f"Layer-wise sparsity at {where}", caption, found, look, columns=1, tall=3.6)
 
 
 def refinement(task: TaskSummary, name: str) -> Figure | None:
@@ -215,7 +217,7 @@ def refinement(task: TaskSummary, name: str) -> Figure | None:
         f"{_axis(task.metric)} along the steps of gradual runs, first seed: at a whole number after the cut and "
         "reconstruction, half a step on after fine-tuning. Dotted: the dense network."
     )
-    return draw(name, "Refinement, step by step", _capital(caption), panels(list(tracks), body), _styles(list(tracks)))
+    return draw(name, "Refinement, step by step", _capital(caption), panels(list(tracks), body), _styles(task))
 
 
 def _track(metric: Metric, run: RunRecord) -> list[tuple[float, float]]:

@@ -69,6 +69,11 @@ def named(task: TaskSummary, point: Point) -> tuple[Cell, ...]:
     return Cell(first, tuple(lacks)), *(Cell(value) for value in others)
 
 
+def place(task: TaskSummary, point: Point) -> str:
+    """The point's values on the shown axes, as short as a table needs it."""
+    return ", ".join(point.axes.get(axis, "–") for axis in task.shown)
+
+
 def phase_name(phase: Phase) -> str:
     """In words."""
     return "pruned" if phase == "pruned" else "fine-tuned"
@@ -106,11 +111,11 @@ def _notes(task: TaskSummary, phase: Phase) -> tuple[str, ...]:
     if most < FEWEST:
         notes.append(f"Ties cannot be told from fewer than {FEWEST} seeds: none are marked.")
     if phase == "finetuned":
-        notes.append("After fine-tuning; the column `reconstruction` says what was fitted before it.")
+        notes.append("After fine-tuning; the column reconstruction says what was fitted before it.")
     elif "finetuned" in task.phases:
         notes.append("After the cut and reconstruction, before the fine-tuning at this sparsity.")
     else:
-        notes.append("No fine-tuning; the column `reconstruction` says whether layers were fitted after the cut.")
+        notes.append("No fine-tuning; the column reconstruction says whether layers were fitted after the cut.")
     if any(len(point.runs) < len(point.planned) for point in task.points):
         notes.append("A row that lacks seeds says so; it is not ranked with those that have more.")
     if any(point.tuning == "untuned" for point in task.points):
@@ -145,10 +150,10 @@ def against_reference(task: TaskSummary, method: str, phase: Phase) -> Table:
     rows = []
     for point, other in references(task, method).items():
         cells = (compared(task.metric, difference(point, other, task.metric, s, phase)) for s in task.sparsities)
-        rows.append((*named(task, point), Cell(other.label), *cells))
+        rows.append((*named(task, point), Cell(place(task, other).removeprefix(f"{method}, ")), *cells))
     return Table(
         title=f"Against {method}, {phase_name(phase)}: difference in {_unit(task.metric)}",
-        columns=(*task.shown, "minus", *asked(task.sparsities)),
+        columns=(*task.shown, f"minus {method}", *asked(task.sparsities)),
         rows=tuple(rows),
         heads=len(task.shown) + 1,
         notes=(PAIRED,),
@@ -166,15 +171,14 @@ def best_two(task: TaskSummary, phase: Phase) -> Table:
         found = difference(best, second, task.metric, sparsity, phase)
         mean, other = (Spread.of(point.metric(task.metric, sparsity, phase)) for point in (best, second))
         cells = [Cell(task.metric.text(spread.mean) if spread else "–") for spread in (mean, other)]
-        rows.append(
-            (Cell(text), Cell(best.label), cells[0], Cell(second.label), cells[1], compared(task.metric, found))
-        )
+        names = [Cell(place(task, point)) for point in (best, second)]
+        rows.append((Cell(text), *names, *cells, compared(task.metric, found)))
     return Table(
         title=f"Best and runner-up, {phase_name(phase)}: {_unit(task.metric)}",
-        columns=("sparsity", "best mean", "its mean", "runner-up", "its mean", "difference"),
+        columns=("sparsity", "best", "runner-up", "best mean", "runner-up mean", "difference"),
         rows=tuple(rows),
+        heads=3,
         notes=("The best was chosen by the same figures, which flatters its lead.",),
-        stacked=True,
     )
 
 
@@ -187,7 +191,9 @@ def attribution(task: TaskSummary, method: str | None, phase: Phase) -> Table:
             rows.append((Cell(part.method), Cell(part.kind), Cell(where), *(Cell("–") for _ in task.sparsities)))
             continue
         cells = (compared(task.metric, part.difference(task.metric, s, phase)) for s in task.sparsities)
-        rows.append((Cell(part.method), Cell(part.kind), Cell(part.where), *cells))
+        tuning = part.point.tuning if part.point is not None else ""
+        lacks = (tuning,) if tuning not in ("", "tuned") else ()
+        rows.append((Cell(part.method, lacks), Cell(part.kind), Cell(part.where), *cells))
     notes = [
         "The mask's part is the method without compensation and reconstruction minus the reference without them; the "
         "other parts are the point with it minus the same point without. A missing arm is named, not guessed.",

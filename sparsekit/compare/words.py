@@ -190,7 +190,7 @@ def _second_order(task: TaskSummary, method: str, phase: Phase) -> list[str]:
 
 
 def _missing(task: TaskSummary, method: str | None) -> list[str]:
-    missing = [part for part in parts(task, method) if part.missing and part.kind != "compensation"]
+    missing = [part for part in parts(task, method) if part.missing not in ("", "no run with compensation")]
     lines = [f"{part.method}: {part.missing}" for part in missing]
     return [f"Parts that cannot be told for want of an arm: {'; '.join(dict.fromkeys(lines))}."] if lines else []
 
@@ -238,8 +238,8 @@ def tuning(found: Tuning | None) -> str:
     each = f"{min(count)}" if len(count) == 1 else f"{min(count, default=0)} to {max(count, default=0)}"
     failed = sum(not math.isfinite(trial.value) for entry in found.tuned for trial in entry.trials)
     lost = f", of which {failed} failed" if failed else ""
-    places = f"The damping of {len(found.tuned)} places was tuned with {each} trials each{lost}"
-    return f"{places}; the objective: {found.objective}."
+    places = f"Damping was tuned at {len(found.tuned)} places of the axes, {each} trials each{lost}"
+    return f"{places}; maximised: {found.objective}."
 
 
 def dense(task: TaskSummary) -> str:

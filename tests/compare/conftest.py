@@ -141,7 +141,8 @@ def _accuracy(draw, method, compensation, reconstruction, sparsity):
 
 def _level(draw, method, compensation, reconstruction, sparsity):
     accuracy = _accuracy(draw, method, compensation, reconstruction, sparsity)
-    uneven = {name: min(1.0, sparsity * (0.6 + 0.2 * i)) for i, name in enumerate(LAYERS)}
+    slope = {"magnitude": 0.2, "diagonal": 0.15, "obs": 0.1, "fishleg": 0.05}[method]
+    uneven = {name: min(1.0, sparsity * (0.6 + slope * i)) for i, name in enumerate(LAYERS)}
     changes = {"layer_sparsity": uneven}
     if method == "magnitude":
         changes |= {"predicted_increase": math.nan}
@@ -219,3 +220,23 @@ def _gradual(desk, draw, axes, seed):
 def comparison(tmp_path_factory):
     """The directory of a whole comparison; not to be written to."""
     return whole(tmp_path_factory.mktemp("whole") / "comparison")
+
+
+@pytest.fixture(name="axes_of")
+def _axes_of():
+    return axes_of
+
+
+@pytest.fixture(name="level_record")
+def _level_record():
+    return level_record
+
+
+@pytest.fixture(name="run_record")
+def _run_record():
+    return run_record
+
+
+@pytest.fixture(name="step_record")
+def _step_record():
+    return step_record
