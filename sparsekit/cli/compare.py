@@ -89,7 +89,7 @@ def _read(
 
 def _work(work: Engine, executor: Callable[[], Executor], again: bool) -> tuple[Comparison, Path, str | None]:
     """Do it, tell MLflow, write it up; what was found, the report, and what MLflow could not be told."""
-    from sparsekit.compare.report import write_report  # matplotlib and scipy: other commands start without them
+    from sparsekit.report import write_report  # matplotlib and scipy: other commands start without them
 
     given, directory, uploader = work.given, work.directory, None
     if given.tracking.enabled:

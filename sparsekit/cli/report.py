@@ -13,6 +13,6 @@ def report(
     output: Annotated[Path | None, typer.Option(help="Folder of the report; default DIR/report.")] = None,
 ) -> None:
     """Write up a comparison from its records: tables, plots, paired differences, as HTML, Markdown, CSV and JSON."""
-    from sparsekit.compare.report import write_report  # matplotlib and scipy: other commands start without them
+    from sparsekit.report import write_report  # matplotlib and scipy: other commands start without them
 
     typer.echo(f"Report: {write_report(directory, output)}")

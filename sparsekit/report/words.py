@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sparsekit.compare.attribution import ARMS, counterpart, difference, parts, tied
 from sparsekit.compare.plan import Tuning
-from sparsekit.compare.spread import FEWEST, Difference, Metric, Spread, Verdict, percent
-from sparsekit.compare.summary import Phase, Point, Summary, TaskSummary
-from sparsekit.compare.tables import phase_name
+from sparsekit.report.attribution import ARMS, counterpart, difference, parts, tied
+from sparsekit.report.spread import FEWEST, Difference, Metric, Spread, Verdict, percent
+from sparsekit.report.summary import Phase, Point, Summary, TaskSummary
+from sparsekit.report.tables import phase_name
 
 #: A sparsity and what was found there.
 Found = tuple[float, Difference | None]

@@ -11,12 +11,12 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sparsekit.compare import export, figures, ledger, tables, words
-from sparsekit.compare.drawing import Figure
 from sparsekit.compare.plan import Comparison, Failure
-from sparsekit.compare.summary import Summary, TaskSummary, summarise
-from sparsekit.compare.tables import Table
 from sparsekit.records import atomic_write
+from sparsekit.report import export, figures, ledger, tables, words
+from sparsekit.report.drawing import Figure
+from sparsekit.report.summary import Summary, TaskSummary, summarise
+from sparsekit.report.tables import Table
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def write_report(directory: Path, output: Path | None = None) -> Path:
 
 def _render(template: str, content: dict[str, Any]) -> str:
     environment = Environment(
-        loader=PackageLoader("sparsekit.compare"),
+        loader=PackageLoader("sparsekit.report"),
         autoescape=template.endswith(".html.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -13,8 +13,8 @@ from html.parser import HTMLParser
 import pytest
 
 from sparsekit.compare.plan import RUNS
-from sparsekit.compare.report import write_report
 from sparsekit.errors import RecordError
+from sparsekit.report import write_report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sparsekit.compare.spread import Difference, Metric, Spread
-from sparsekit.compare.summary import Phase, Point, TaskSummary, label
+from sparsekit.report.spread import Difference, Metric, Spread
+from sparsekit.report.summary import Phase, Point, TaskSummary, label
 
 #: The axes that the parts are taken along.
 ARMS = ("compensation", "reconstruction")

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sparsekit.compare.plan import Tuning
-from sparsekit.compare.spread import Spread, percent, significant
-from sparsekit.compare.summary import Point, Summary, TaskSummary, asked
-from sparsekit.compare.tables import Cell, Table, named
 from sparsekit.records import LevelRecord, RunRecord
+from sparsekit.report.spread import Spread, percent, significant
+from sparsekit.report.summary import Point, Summary, TaskSummary, asked
+from sparsekit.report.tables import Cell, Table, named
 
 #: Parts of a run that have a column of seconds.
 PARTS = ("curvature", "removal", "reconstruction", "finetune", "total")

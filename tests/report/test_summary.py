@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from sparsekit.compare import words
-from sparsekit.compare.attribution import counterpart, difference, parts, references, tied
+from sparsekit.report import words
 from sparsekit.compare.plan import Comparison, Failure, Trial, Tuned, Tuning
-from sparsekit.compare.spread import Spread
-from sparsekit.compare.summary import summarise
+from sparsekit.report.attribution import counterpart, difference, parts, references, tied
+from sparsekit.report.spread import Spread
+from sparsekit.report.summary import summarise
 
 
 def load(directory):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsekit.compare.attribution import difference, parts, references, tied
-from sparsekit.compare.spread import FEWEST, Difference, Metric, Spread
-from sparsekit.compare.summary import Phase, Point, TaskSummary, asked
+from sparsekit.report.attribution import difference, parts, references, tied
+from sparsekit.report.spread import FEWEST, Difference, Metric, Spread
+from sparsekit.report.summary import Phase, Point, TaskSummary, asked
 
 #: Said under every table of paired differences.
 PAIRED = (

@@ -3,7 +3,7 @@ import math
 import pytest
 from scipy import stats
 
-from sparsekit.compare.spread import Difference, Metric, Spread, percent, significant
+from sparsekit.report.spread import Difference, Metric, Spread, percent, significant
 
 ACCURACY, LOSS = Metric("accuracy"), Metric("loss")
 MINE, THEIRS = {0: 0.91, 1: 0.93, 2: 0.98}, {0: 0.90, 1: 0.90, 2: 0.93}
