@@ -109,6 +109,29 @@ def planned(resolved: ResolvedRun) -> list[Step]:
     )
 
 
+def check_examples(resolved: ResolvedRun, task: Task) -> None:
+    """Refuse what asks for more training examples than there are.
+
+    Raises:
+        DataError: with the number that would do.
+    """
+    available, given = task.size("train"), resolved.options["estimator"]
+    assert isinstance(given, EstimatorSettings)
+    if given.examples > available:
+        most = given.fitting(available)
+        raise DataError(
+            f"the estimator '{resolved.classes['estimator'].name}' needs {given.examples} calibration examples, the task "
+            f"'{task.name}' has {available}; "
+            + (f"set estimator.examples={most}, the most that will do" if most else "its other settings allow no fewer")
+        )
+    anchors = resolved.settings.reconstruction
+    if anchors.how != "none" and anchors.examples > available:
+        raise DataError(
+            f"reconstruction needs {anchors.examples} training examples, the task '{task.name}' has {available}; set "
+            f"reconstruction.examples={available} or less"
+        )
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A finished run.
@@ -150,21 +173,7 @@ def execute(
     shown = preview(resolved)
     estimator: CurvatureEstimator = resolved.build("estimator", shown.space)
     task: Task = resolved.build("task")
-    available, given = task.size("train"), resolved.options["estimator"]
-    assert isinstance(given, EstimatorSettings)
-    if given.examples > available:
-        most = given.fitting(available)
-        raise DataError(
-            f"the estimator '{estimator.name}' needs {given.examples} calibration examples, the task '{task.name}' has "
-            f"{available}; "
-            + (f"set estimator.examples={most}, the most that will do" if most else "its other settings allow no fewer")
-        )
-    anchors = settings.reconstruction
-    if anchors.how != "none" and anchors.examples > available:
-        raise DataError(
-            f"reconstruction needs {anchors.examples} training examples, the task '{task.name}' has {available}; set "
-            f"reconstruction.examples={available} or less"
-        )
+    check_examples(resolved, task)
     progress("prepare", 0, 1)
     task.progress = lambda done, total: progress("prepare", done, total)
     task.device = device
@@ -186,6 +195,7 @@ def execute(
         batch_size: int = resolved.options["estimator"].batch_size  # type: ignore[attr-defined]
         first = task.batches("train", batch_size=batch_size, limit=batch_size)
         Objective(model, task.likelihood, first, shown.space).check()  # nothing is written for what cannot work
+        anchors = settings.reconstruction
         if anchors.how != "none":
             few = list(task.batches("train", batch_size=anchors.batch_size, limit=anchors.examples))
             Reconstruction.check(model, shown.space, few, anchors, available_memory(device).device)

@@ -86,6 +86,10 @@ def test_another_component_by_name_does_not_inherit_settings():
     assert merge(file, {"estimator": "diagonal"})["estimator"] == {"name": "diagonal"}
 
 
+def test_a_component_without_a_name_keeps_its_settings_when_it_gets_one():
+    assert merge({"estimator": {"examples": 64}}, {"estimator": "obs"})["estimator"] == {"examples": 64, "name": "obs"}
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("a.b=1e-3", 1e-3), ("a.b=true", True), ("a.b=[1, 2]", [1, 2]), ("a.b=x", "x")]
 )

@@ -24,7 +24,7 @@ from sparsekit.interfaces import Task
 from sparsekit.provenance import available_memory, identity, now, sources
 from sparsekit.records import RunDirectory, run_key
 from sparsekit.registry import Registry
-from sparsekit.run import find_device, preview
+from sparsekit.run import check_examples, find_device, preview
 from sparsekit.settings import ResolvedRun, resolve
 from sparsekit.sharing import SharedStatistics
 
@@ -90,6 +90,7 @@ def sketch(given: ComparisonSettings, registry: Registry) -> Sketch:
 def _memory(point: Point) -> int:
     """Bytes that a worker with a point's run needs at most; refuses what cannot work."""
     try:
+        check_examples(point.resolved, point.resolved.build("task"))
         needed = preview(point.resolved).memory
     except SparsekitError as error:
         raise type(error)(f"{point.name}: {error}") from error

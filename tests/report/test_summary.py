@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from sparsekit.report import words
 from sparsekit.compare.plan import Comparison, Failure, Trial, Tuned, Tuning
+from sparsekit.report import words
 from sparsekit.report.attribution import counterpart, difference, parts, references, tied
 from sparsekit.report.spread import Spread
 from sparsekit.report.summary import summarise
