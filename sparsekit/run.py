@@ -118,10 +118,10 @@ def check_examples(resolved: ResolvedRun, task: Task) -> None:
     available, given = task.size("train"), resolved.options["estimator"]
     assert isinstance(given, EstimatorSettings)
     if given.examples > available:
-        most = given.fitting(available)
+        most, name = given.fitting(available), resolved.classes["estimator"].name
         raise DataError(
-            f"the estimator '{resolved.classes['estimator'].name}' needs {given.examples} calibration examples, the task "
-            f"'{task.name}' has {available}; "
+            f"the estimator '{name}' needs {given.examples} calibration examples, the task '{task.name}' has "
+            f"{available}; "
             + (f"set estimator.examples={most}, the most that will do" if most else "its other settings allow no fewer")
         )
     anchors = resolved.settings.reconstruction
