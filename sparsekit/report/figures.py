@@ -27,16 +27,27 @@ def of_task(task: TaskSummary, name: str) -> list[Figure]:
 
 
 def panels(points: Sequence[Point], body: Callable[[Sequence[Point], Axes, Styles], None]) -> list[Panel]:
-    """One for each value of reconstruction, and no more than eight lines in each."""
+    """One for each value of reconstruction; where that is more than eight lines, of compensation too."""
     out = []
-    for fitted in dict.fromkeys(point.axes.get("reconstruction", "none") for point in points):
-        same = [point for point in points if point.axes.get("reconstruction", "none") == fitted]
+    for fitted, same in _by("reconstruction", points).items():
         title = f"{'no' if fitted == 'none' else fitted} reconstruction"
-        for start in range(0, len(same), MOST):
-            part = same[start : start + MOST]
-            more = f" ({start // MOST + 1})" if len(same) > MOST else ""
-            out.append(Panel(title + more, partial(body, part), tuple(point.short for point in part)))
+        parts = {title: same}
+        if len(same) > MOST:
+            moved = _by("compensation", same).items()
+            parts = {f"{'no' if how == 'none' else how} compensation,\n{title}": part for how, part in moved}
+        for name, part in parts.items():
+            for start in range(0, len(part), MOST):
+                few = part[start : start + MOST]
+                more = f" ({start // MOST + 1})" if len(part) > MOST else ""
+                out.append(Panel(name + more, partial(body, few), tuple(point.short for point in few)))
     return out
+
+
+def _by(axis: str, points: Sequence[Point]) -> dict[str, list[Point]]:
+    found: dict[str, list[Point]] = {}
+    for point in points:
+        found.setdefault(point.axes.get(axis, "none"), []).append(point)
+    return found
 
 
 def _scaled(metric: Metric, value: float) -> float:
