@@ -180,6 +180,7 @@ class BlockFisher(CurvatureEstimator):
         self._blocks: Tensor | None = None  # (m, B, B), F on the blocks
         self._rows: Tensor | None = None  # (m, n)
         self._mean_diagonal = 0.0
+        self._judged: Tensor | None = None  # what the precision of the blocks' products was chosen by
         self._inverse: InverseFisher | None = None
 
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
@@ -198,7 +199,9 @@ class BlockFisher(CurvatureEstimator):
             count = self._take_rows(rows, examples // settings.average, objective)
         else:
             first = next(rows)
-            total, count = block_moments(chain([first], rows), self._sizes, dtype=self._of_products(first))
+            self._judged = self._judge(first)
+            dtype = first.dtype if self._single(self._judged) else torch.float64
+            total, count = block_moments(chain([first], rows), self._sizes, dtype=dtype)
             new = total.div_(examples // settings.average)
             old, decay = self._blocks, settings.decay
             self._blocks = new if old is None or not decay else new.mul_(1 - decay).add_(old, alpha=decay)
@@ -210,26 +213,26 @@ class BlockFisher(CurvatureEstimator):
             "average": float(settings.average),
         }
 
-    def _of_products(self, rows: Tensor) -> torch.dtype:
-        """Float64 where float32 would lose too much at this damping, as far as some rows (b, n) tell."""
+    def _judge(self, rows: Tensor) -> Tensor:
+        """(largest tr F_b, mean of diag F) of some rows (b, n), and whether these are in float64."""
         squares = rows.double().square().mean(0)
         spread = float(torch.segment_reduce(squares, "sum", lengths=self._lengths.to(rows.device)).max())
-        return rows.dtype if self._single(spread, float(squares.mean())) else torch.float64
+        return torch.tensor([spread, float(squares.mean()), float(rows.dtype == torch.float64)], dtype=torch.float64)
 
-    def _single(self, spread: float, mean_diagonal: float) -> bool:
-        """Whether float32 will do; `spread` is the largest tr F_b."""
-        scale = mean_diagonal if self.settings.damping_scale == "relative" else 1.0
-        return spread < SINGLE_PRECISION_RANGE * self.settings.damping * scale
+    def _single(self, judged: Tensor) -> bool:
+        """Whether products of float32 do not lose too much at this damping, as far as some rows tell."""
+        spread, mean, double = judged.tolist()
+        scale = mean if self.settings.damping_scale == "relative" else 1.0
+        return not double and spread < SINGLE_PRECISION_RANGE * self.settings.damping * scale
 
     def adopt(self, state: Mapping[str, Tensor]) -> bool:
-        """Not where the sums of the blocks are of another precision than this damping asks for.
+        """Not where the products behind the blocks were of another precision than this damping asks for.
 
         Too much of it would do no harm, but then a run's last digits would depend on which runs were beside it.
         """
-        blocks = state.get("blocks")
-        if blocks is not None:
-            spread = float(blocks.diagonal(dim1=1, dim2=2).sum(1).max())
-            if self._single(spread, float(state["mean_diagonal"])) != (blocks.dtype == torch.float32):
+        if "blocks" in state:
+            *judged, single = state["judged"]
+            if bool(single) != self._single(torch.stack(judged)):
                 return False
         return super().adopt(state)
 
@@ -276,18 +279,24 @@ class BlockFisher(CurvatureEstimator):
         """The rows or the blocks, once there are any."""
         state = {"rows": self._rows, "blocks": self._blocks}
         found = {name: tensor for name, tensor in state.items() if tensor is not None}
+        if self._judged is not None:
+            single = self._judged.new_tensor([self._single(self._judged)])
+            found["judged"] = torch.cat([self._judged, single])
         mean = torch.tensor(self._mean_diagonal, dtype=torch.float64, device=self._device)
         return found and {**found, "mean_diagonal": mean}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
         self._rows, self._blocks, self._inverse = state.get("rows"), state.get("blocks"), None
+        self._judged = state["judged"][:-1].cpu() if "judged" in state else None
         if state:
             self._mean_diagonal = float(state["mean_diagonal"])
             self._device = state["mean_diagonal"].device  # beside the model always, as the rows may not be
 
     def state_device(self, name: str, tensor: Tensor, device: torch.device) -> torch.device:
         """Rows go where `rows_on` says, the rest beside the model."""
+        if name == "judged":
+            return torch.device("cpu")
         return self._place(device, len(tensor), tensor.dtype) if name == "rows" else device
 
     @classmethod

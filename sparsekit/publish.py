@@ -39,8 +39,15 @@ def conclude(tracker: NullTracker, record: RunRecord, directory: RunDirectory) -
         tracker.artifact(directory.path / name)
 
 
-def publish(tracker: NullTracker, directory: RunDirectory, tags: Mapping[str, str] | None = None) -> None:
+def publish(
+    tracker: NullTracker,
+    directory: RunDirectory,
+    tags: Mapping[str, str] | None = None,
+    run_id: str | None = None,
+) -> None:
     """Tell of a finished run from what it left on disk, as if it had been tracked while it went on.
+
+    Goes on with `run_id` where somebody was stopped in telling.
 
     Raises:
         RecordError: its record cannot be read, or it is not finished.
@@ -48,7 +55,7 @@ def publish(tracker: NullTracker, directory: RunDirectory, tags: Mapping[str, st
     record = directory.read()
     if record is None or record.status != "finished":
         raise RecordError(f"there is no finished run in '{directory.path}'; finish it first, with --resume")
-    begin(tracker, record, directory, tags=tags)
+    begin(tracker, record, directory, run_id, tags)
     tracker.metrics({f"dense/{k}": v for k, v in record.dense.items()}, step=0)
     for step in record.steps:
         tracker.metrics(step_metrics(step, record.parameters["prunable"]), step=step.index)

@@ -17,7 +17,7 @@ from sparsekit.errors import DataError, RecordError, SettingsError
 from sparsekit.interfaces import CompensationSettings, CurvatureEstimator, EstimatorSettings, Task
 from sparsekit.objective import Batch, Objective
 from sparsekit.parameters import Mask, ParameterSpace
-from sparsekit.provenance import available_memory, machine, now, peak_memory, plugins_used, sources
+from sparsekit.provenance import available_memory, forget_peak_memory, machine, now, peak_memory, plugins_used, sources
 from sparsekit.provenance import identity as run_identity
 from sparsekit.pruner import Cut, DenseMeasured, Event, LayerReconstructed, Pruner, PrunerState, StepCompleted
 from sparsekit.publish import begin, conclude, step_metrics
@@ -174,6 +174,7 @@ def execute(
     estimator: CurvatureEstimator = resolved.build("estimator", shown.space)
     task: Task = resolved.build("task")
     check_examples(resolved, task)
+    forget_peak_memory(device)
     progress("prepare", 0, 1)
     task.progress = lambda done, total: progress("prepare", done, total)
     task.device = device

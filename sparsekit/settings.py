@@ -192,9 +192,9 @@ def _sentence(model: type[BaseModel], item: Any, where: str) -> str:
         near = difflib.get_close_matches(location[-1], fields, n=1)
         guess = f"; did you mean '{near[0]}'?" if near else "."
         return f"there is no setting '{path}'{guess} Known: {', '.join(sorted(fields))}"
-    if not path:
-        return str(item["msg"])
     message = item["msg"].removeprefix("Value error, ")
+    if not path:
+        return str(message)
     if item["type"] == "model_type":
         word = f", or one word for its '{SHORTHAND[path]}'" if path in SHORTHAND else ""
         message = f"a mapping of settings is needed{word}"

@@ -314,3 +314,31 @@ def test_rows_restored_to_the_host_are_paged_to_the_model(objective):
     second.load_state_dict({k: t.to(second.state_device(k, t, cuda)) for k, t in state.items()})
     assert second.inverse().operator.device.type == "cuda"
     assert_close(second.inverse().diagonal().cpu(), first.inverse().diagonal())
+
+
+@pytest.mark.parametrize("mine", [1e-8, 1e-5, 1e-4, 1e-3, 1.0])
+@pytest.mark.parametrize("other", [1e-8, 1e-5, 1e-4, 1e-3, 1.0])
+def test_single_precision_statistics_are_adopted_where_the_damping_asks_for_the_same_precision(objective, mine, other):
+    single = replace(
+        objective,
+        model=deepcopy(objective.model).float(),
+        batches=[(inputs.float(), targets) for inputs, targets in objective.batches],
+    )
+    own = estimator(single, block_size=7, damping=mine, store="blocks")
+    adopting = Fisher(single.space, options(block_size=7, damping=mine, store="blocks"))
+    source = estimator(single, block_size=7, damping=other, store="blocks")
+    if adopting.adopt(source.state_dict()):
+        assert torch.equal(adopting.state_dict()["blocks"], own.state_dict()["blocks"])
+    else:
+        assert mine != other
+        assert not torch.equal(source.state_dict()["blocks"], own.state_dict()["blocks"])
+
+
+def test_both_precisions_are_met_above(objective):
+    single = replace(
+        objective,
+        model=deepcopy(objective.model).float(),
+        batches=[(inputs.float(), targets) for inputs, targets in objective.batches],
+    )
+    flags = [estimator(single, damping=g, store="blocks").state_dict()["judged"][-1] for g in (1e-8, 1.0)]
+    assert [bool(flag) for flag in flags] == [False, True]

@@ -3,6 +3,8 @@ import sys
 from types import SimpleNamespace
 
 import psutil
+import pytest
+import torch
 from torch import nn
 
 from sparsekit import provenance
@@ -23,3 +25,13 @@ def test_on_windows_peak_memory_is_the_peak_working_set(monkeypatch):
 
 def test_peak_memory_is_in_bytes():
     assert 2**25 < provenance.peak_memory(nn.Linear(1, 1)) < 2**40
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is the whole process's")
+def test_peak_memory_is_that_since_it_was_forgotten():
+    model = nn.Linear(1, 1)
+    large = torch.ones(2**27)
+    with_it = provenance.peak_memory(model)
+    del large
+    provenance.forget_peak_memory(torch.device("cpu"))
+    assert provenance.peak_memory(model) < with_it - 2**28

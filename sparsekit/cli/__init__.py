@@ -15,6 +15,9 @@ from sparsekit.cli.run import run
 from sparsekit.cli.track import track
 from sparsekit.errors import SparsekitError
 
+#: Exit code after Ctrl-C.
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="sparsekit",
     help="Second-order pruning of neural networks.",
@@ -54,6 +57,10 @@ def main() -> None:
     except SparsekitError as error:
         print(f"sparsekit: {error}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # what typer makes of Ctrl-C
+            print("sparsekit: interrupted; the same command goes on, of a run with --resume", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print("sparsekit: interrupted; the same command goes on, of a run with --resume", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

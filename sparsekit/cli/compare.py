@@ -16,8 +16,9 @@ from sparsekit.cli.display import Lines
 from sparsekit.compare import engine
 from sparsekit.compare.engine import Engine, Sketch
 from sparsekit.compare.executors import Executor, LocalExecutor, RayExecutor
-from sparsekit.compare.plan import Comparison
+from sparsekit.compare.plan import RUNS, Comparison
 from sparsekit.compare.spec import ComparisonSettings
+from sparsekit.compare.tuning import failed
 from sparsekit.compare.upload import Uploader
 from sparsekit.errors import SettingsError
 from sparsekit.run import find_device, load_registry
@@ -57,15 +58,17 @@ def compare(
         work = Engine(given, directory, registry, tell=lines.tell)
         with work.lock():
             found, report, trouble = _work(
-                work, lambda: EXECUTORS[executor](count, threads, sketch.memory), retry_failed
+                work,
+                lambda: EXECUTORS[executor](count, threads, sketch.memory, int(device.type == "cuda")),
+                retry_failed,
             )
     if not print_outcome(found, report, trouble):
         sys.exit(1)
 
 
-EXECUTORS: dict[str, Callable[[int, int, int], Executor]] = {
-    "local": lambda workers, threads, memory: LocalExecutor(workers, threads),
-    "ray": lambda workers, threads, memory: RayExecutor(threads, memory),
+EXECUTORS: dict[str, Callable[[int, int, int, int], Executor]] = {
+    "local": lambda workers, threads, memory, gpus: LocalExecutor(workers, threads),
+    "ray": lambda workers, threads, memory, gpus: RayExecutor(threads, memory, gpus),
 }
 
 
@@ -134,9 +137,19 @@ def print_outcome(found: Comparison, report: Path, trouble: str | None) -> bool:
     for run in found.plan.runs:
         failure = found.failures.get(run.directory)
         if failure is not None:
-            what = ", ".join([run.axes["method"], run.axes["compensation"], run.axes["reconstruction"]])
+            varying = [axis for axis in run.axes if len({r.axes.get(axis) for r in found.plan.runs}) > 1]
+            what = ", ".join([run.axes["method"], *(f"{a} {run.axes[a]}" for a in varying if a != "method")])
             console.print(f"[red]failed:[/] {escape(what)}, seed {run.seed}: {escape(failure.cause)}", highlight=False)
-    if found.failures:
+    planned = {Path(run.directory).name for run in found.plan.runs}
+    others = [path for path in (found.directory / RUNS).glob("*/") if path.name not in planned | {".locks"}]
+    if others:
+        console.print(
+            f"{len(others)} runs of an earlier file lie in {found.directory / RUNS} and are not in the report."
+        )
+    lost = [entry for entry in (found.tuning.tuned if found.tuning else []) if failed(entry)]
+    for entry in lost:
+        console.print(f"[red]tuning:[/] a trial has failed: {escape(', '.join(entry.axes.values()))}")
+    if found.failures or lost:
         console.print("--retry-failed does them again.")
     if trouble is not None:
         console.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -16,12 +17,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekit.compare import tuning
 from sparsekit.compare.executors import Executor, WorkerDied
-from sparsekit.compare.plan import PLAN, RUNS, TUNING, Comparison, Failure, Plan, PlannedRun, Tuned, Tuning, read, write
+from sparsekit.compare.plan import (
+    PLAN,
+    RUNS,
+    TUNING,
+    Comparison,
+    Failure,
+    Plan,
+    PlannedRun,
+    Trial,
+    Tuned,
+    Tuning,
+    read,
+    write,
+)
 from sparsekit.compare.spec import WORKER_BYTES, ComparisonSettings, Point, departures, expand, warnings
 from sparsekit.compare.work import Job, do, failure_path
 from sparsekit.errors import RecordError, SparsekitError
 from sparsekit.interfaces import Task
-from sparsekit.provenance import available_memory, identity, now, sources
+from sparsekit.provenance import available_memory, identity, now, plugins_used, sources
 from sparsekit.records import RunDirectory, run_key
 from sparsekit.registry import Registry
 from sparsekit.run import check_examples, find_device, preview
@@ -72,11 +86,16 @@ def sketch(given: ComparisonSettings, registry: Registry) -> Sketch:
     searches = tuning.searches(given, points, Path())
     once = {str(p.settings.get("task")): p for p in points}
     speed = {task: seconds_of_an_example(point.resolved) for task, point in once.items()}
-    costs = {id(p): passes(p.resolved) * speed[str(p.settings.get("task"))] for p in points}
-    seconds = sum(costs.values()) * len(given.seeds)
-    trials = [p for p in points if p.tunable and given.tune is not None]
-    if given.tune is not None and trials:
-        seconds += sum(costs[id(p)] for p in trials) / len(trials) * len(searches) * given.tune.trials
+    seconds, seen = 0.0, set()
+    for point in points:
+        estimate = str((point.settings.get("task"), point.settings["estimator"]))
+        cost = passes(point.resolved, shared=estimate in seen) * speed[str(point.settings.get("task"))]
+        seconds += cost * len(given.seeds)
+        seen.add(estimate)
+    for search in searches:
+        resolved = resolve(search.settings, registry)
+        one = passes(resolved, shared=True) * speed[str(search.settings.get("task"))]
+        seconds += one * search.tune.trials
     return Sketch(
         points=points,
         warnings=warnings(given, points),
@@ -161,7 +180,7 @@ class Engine:
             SparsekitError: the comparison cannot begin, or its directory cannot be written any more.
         """
         points = expand(self.given, self.registry)
-        tuned = self._tune(points, executor)
+        tuned = self._tune(points, executor, again)
         plan = self.plan(points, tuned)
         write(plan, self.directory / PLAN)
         found = Comparison.load(self.directory)
@@ -173,23 +192,26 @@ class Engine:
         self._work([Job(self.directory, runs, again) for runs in self._grouped(todo)], len(plan.runs), executor)
         return Comparison.load(self.directory)
 
-    def _tune(self, points: Sequence[Point], executor: Executor) -> list[Tuned]:
+    def _tune(self, points: Sequence[Point], executor: Executor, again: bool) -> list[Tuned]:
         tune = self.given.tune
         if tune is None:
             (self.directory / TUNING).unlink(missing_ok=True)
             return []
         jobs = tuning.searches(self.given, points, self.directory)
+        made_of = []
         for job in jobs:
-            self._source(resolve(job.settings, self.registry))  # the dense network, once and not in each worker
-        key = tuning.key_of(jobs)
+            resolved = resolve(job.settings, self.registry)
+            _, found, _ = self._source(resolved)  # the dense network, made here once and not in each worker
+            made_of.append({**found, "plugins": plugins_used(resolved, self.registry)})
+        key = tuning.key_of(jobs, made_of)
         before = read(Tuning, self.directory / TUNING)
-        if before is not None and before.key == key:
+        if before is not None and before.key == key and not (again and any(map(tuning.failed, before.tuned))):
             return before.tuned
         self.tell("tuning", 0, len(jobs))
         futures = [executor.submit(tuning.search, job) for job in jobs]
         tuned = []
         for done, (job, future) in enumerate(zip(jobs, futures, strict=True), 1):
-            tuned.append(_survived(executor, tuning.search, job, future))
+            tuned.append(_survived(executor, job, future))
             self.tell("tuning", done, len(jobs))
         write(tuning.told(self.given, points, tuned, key), self.directory / TUNING)
         return tuned
@@ -222,8 +244,9 @@ class Engine:
             file=self.given.model_dump(mode="json"),
             reference=self.given.reference or _magnitude(points),
             warnings=warnings(self.given, points),
-            seeds_vary=["calibration examples", "drawn labels", "anchors of reconstruction", "order of fine-tuning"],
+            seeds_vary=_varies(points),
             seeds_share=["the dense network: the bands show calibration noise, not that of training anew"],
+            judged={task.name: task.size(points[0].resolved.settings.split) for task, _, _ in self._sources.values()},
             multiply_adds={task.name: adds for task, _, adds in self._sources.values()},
             runs=runs,
         )
@@ -302,14 +325,26 @@ class Engine:
         return record is not None and record.status == "finished"
 
 
-def _survived(executor: Executor, function: Any, job: Any, future: Future[Any]) -> Any:
-    """A future's result; a job whose worker died goes on in another one, a few times."""
-    for _ in range(DEATHS - 1):
+def _survived(executor: Executor, job: tuning.Search, future: Future[Tuned]) -> Tuned:
+    """What a search has found; one whose worker died goes on in another one, a few times."""
+    for death in range(1, DEATHS + 1):
         try:
             return future.result()
-        except WorkerDied:
-            future = executor.submit(function, job)
-    return future.result()
+        except WorkerDied as error:
+            cause = str(error)
+            if death < DEATHS:
+                future = executor.submit(tuning.search, job)
+    lost = Trial(damping=math.nan, value=-math.inf, cause=f"{cause} ({DEATHS} times)")
+    return Tuned(axes=dict(job.axes), trials=[lost], damping=None)
+
+
+def _varies(points: Sequence[Point]) -> list[str]:
+    """What two seeds of a point differ in."""
+    runs = [point.resolved for point in points]
+    fitted = any(run.settings.reconstruction.how != "none" for run in runs)
+    trained = any(run.finetune.epochs for run in runs)
+    out = ["calibration examples", "drawn labels", "random saliencies"]
+    return out + ["examples of reconstruction"] * fitted + ["order of fine-tuning"] * trained
 
 
 def _magnitude(points: Sequence[Point]) -> str | None:

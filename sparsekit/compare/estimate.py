@@ -17,8 +17,8 @@ _ROWS = 2.0  # gradient rows, by example
 _FIT = 5.0  # layers fitted to the dense network's, by anchor and cut
 
 
-def passes(resolved: ResolvedRun) -> float:
-    """Forward and backward passes of single examples that a run makes."""
+def passes(resolved: ResolvedRun, *, shared: bool = False) -> float:
+    """Forward and backward passes of single examples that a run makes; `shared`: its first estimate is another's."""
     task: Task = resolved.build("task")
     given: Any = resolved.options["estimator"]
     fitting, recipe = resolved.settings.reconstruction, resolved.finetune
@@ -26,7 +26,8 @@ def passes(resolved: ResolvedRun) -> float:
     judged = _FORWARD * task.size(resolved.settings.split)
     total = judged
     for step in steps:
-        total += given.examples * (_ROWS * step.refresh + 2 * _FORWARD)  # the loss before and after the cut
+        rows = _ROWS * (step.refresh and not (shared and step.index == 0))
+        total += given.examples * (rows + 2 * _FORWARD)  # the loss before and after the cut
         if fitting.how != "none" and (fitting.when == "cut" or step.completes_level):
             total += _FIT * fitting.examples + _FORWARD * given.examples
         total += judged * (step.completes_level or step.finetune)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
@@ -108,8 +109,17 @@ def _serve(pipe: Connection, threads: int, parent: int) -> None:
         try:
             answer = (False, function(job))
         except Exception as error:
-            answer = (True, error)
+            answer = (True, _portable(error))
         pipe.send(answer)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says as much, where it cannot be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _follow(parent: int) -> None:
@@ -125,17 +135,18 @@ class RayExecutor(Executor):
     Args:
         threads: cores that each job takes.
         memory: bytes that each job takes.
+        gpus: that each job takes.
         address: of the cluster; none: $RAY_ADDRESS, or an instance of its own on this machine.
     """
 
-    def __init__(self, threads: int, memory: int, address: str | None = None) -> None:
+    def __init__(self, threads: int, memory: int, gpus: int = 0, address: str | None = None) -> None:
         try:
             import ray
         except ImportError:
             raise SettingsError("--executor ray needs Ray: pip install 'sparsekit[ray]'") from None
         self._ray = ray
         ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=False)
-        self._options = {"num_cpus": threads, "memory": memory, "max_retries": 0}
+        self._options = {"num_cpus": threads, "num_gpus": gpus, "memory": memory, "max_retries": 0}
         self._threads = threads
 
     def submit(self, function: Callable[[T], R], job: T) -> Future[R]:

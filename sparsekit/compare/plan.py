@@ -47,6 +47,7 @@ class Plan(_Schema):
     warnings: list[str] = Field(description="where the file departs from the protocol, a sentence each")
     seeds_vary: list[str] = Field(description="what differs between two seeds of one point")
     seeds_share: list[str] = Field(description="what does not")
+    judged: dict[str, int] = Field(default_factory=dict, description="task -> examples that metrics are means over")
     multiply_adds: dict[str, dict[str, float]] = Field(
         description="task -> parameter -> multiply-adds of one example's forward pass, dense"
     )
@@ -117,16 +118,16 @@ class Comparison:
         records: dict[str, RunRecord] = {}
         failures: dict[str, Failure] = {}
         for run in plan.runs:
-            found = read(Failure, directory / FAILURES / f"{Path(run.directory).name}.json")
-            if found is not None:
-                failures[run.directory] = found
             try:
+                found = read(Failure, directory / FAILURES / f"{Path(run.directory).name}.json")
                 record = RunDirectory(directory / run.directory).read()
             except RecordError as error:
                 failures[run.directory] = Failure(cause=str(error), when="")
                 continue
             if record is not None:
                 records[run.directory] = record
+            if found is not None and (record is None or record.status != "finished"):
+                failures[run.directory] = found
         return cls(directory, plan, records, failures, read(Tuning, directory / TUNING))
 
     def finished(self, run: PlannedRun) -> bool:
@@ -147,7 +148,10 @@ def read(model: type[T], path: Path) -> T | None:
         return None
     except (OSError, ValidationError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{error.error_count()} of its fields are not valid"
-        raise RecordError(f"'{path}' cannot be read: {reason}; remove it, and give the same command again") from error
+        raise RecordError(
+            f"'{path}' cannot be read: {reason}; remove it, and 'sparsekit compare' with the comparison's file makes "
+            "it again"
+        ) from error
 
 
 def write(model: BaseModel, path: Path) -> None:

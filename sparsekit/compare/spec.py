@@ -13,7 +13,19 @@ from sparsekit.errors import SettingsError, SparsekitError
 from sparsekit.estimators import Identity
 from sparsekit.interfaces import Settings
 from sparsekit.registry import Registry
-from sparsekit.settings import COMPONENTS, SHORTHAND, ResolvedRun, RunSettings, TrackingSettings, merge, resolve
+from sparsekit.settings import (
+    COMPONENTS,
+    SHORTHAND,
+    ResolvedRun,
+    RunSettings,
+    Sparsity,
+    TrackingSettings,
+    merge,
+    resolve,
+)
+
+#: What every point says of itself.
+RESERVED = ("task", "method", "compensation", "reconstruction", "pattern", "schedule")
 
 #: What a worker needs beside its estimator: interpreter, torch, data and activations.
 WORKER_BYTES = 1 << 30
@@ -27,7 +39,7 @@ class TuningSettings(Settings):
     high: float = Field(10.0, gt=0, description="largest")
     sampler: str = Field("grid", pattern="^(grid|tpe)$", description="grid: evenly in the logarithm; tpe: optuna's")
     over: tuple[str, ...] = Field(("compensation",), description="axes each value of which is tuned for itself")
-    sparsity: tuple[float, ...] = Field((), description="levels whose mean result is maximised; default all")
+    sparsity: tuple[Sparsity, ...] = Field((), description="levels whose mean result is maximised; default all")
     seed: int = Field(1000, ge=0, description="of calibration examples and the search; none of the comparison's")
 
     @model_validator(mode="after")
@@ -114,6 +126,9 @@ def expand(given: ComparisonSettings, registry: Registry) -> list[Point]:
     """
     points = []
     axes = {axis: _values(axis, values) for axis, values in given.axes.items()}
+    for axis in given.tune.over if given.tune else ():
+        if axis not in (*axes, *RESERVED):
+            raise SettingsError(f"tune.over names '{axis}', which is no axis; known: {', '.join([*axes, *RESERVED])}")
     for method, own in given.methods.items():
         free = [axis for axis in axes if axis not in own]
         for labels in product(*(axes[axis] for axis in free)):
@@ -135,12 +150,19 @@ def expand(given: ComparisonSettings, registry: Registry) -> list[Point]:
 
 def _values(axis: str, given: Any) -> dict[str, dict[str, Any]]:
     """Label -> settings of a run, of one axis."""
+    if not given:
+        raise SettingsError(f"axes.{axis} has no values; give some, or leave it out")
     if isinstance(given, Mapping):
+        if axis in RESERVED:
+            raise SettingsError(
+                f"axes.{axis} gives labels of its own, but what a run's {axis} is called the report takes from the "
+                "run; give a list of values, or the axis another name"
+            )
         for label, settings in given.items():
             if not isinstance(settings, Mapping):
                 raise SettingsError(f"axes.{axis}.{label} = {settings!r}; a mapping of a run's settings was needed")
         return {str(label): dict(settings) for label, settings in given.items()}
-    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+    if not isinstance(given, Sequence) or isinstance(given, str):
         raise SettingsError(
             f"axes.{axis} = {given!r}; a list of values, or a mapping of labels to settings, was needed"
         )
@@ -149,14 +171,17 @@ def _values(axis: str, given: Any) -> dict[str, dict[str, Any]]:
             f"axes.{axis} is a list, and a run has no setting '{axis}'; give a mapping of labels to settings, or one "
             f"of {', '.join(RunSettings.model_fields)}"
         )
-    return {_label(axis, value): {axis: value} for value in given}
+    found = {_label(axis, value): {axis: value} for value in given}
+    if len(found) < len(given):
+        raise SettingsError(f"axes.{axis} has two values of one name; give another axis as label: settings")
+    return found
 
 
 def _label(axis: str, value: Any) -> str:
     if isinstance(value, Mapping):
         named = value.get(SHORTHAND.get(axis, "name"))
-        if named is None or len(value) > 1:
-            raise SettingsError(f"a value of axes.{axis} has settings of its own; give the axis as label: settings")
+        if named is None:
+            raise SettingsError(f"a value of axes.{axis}, {dict(value)}, has no name; give the axis as label: settings")
         return str(named)
     return str(value)
 
@@ -168,23 +193,42 @@ def _distinct(points: Sequence[Point]) -> None:
         if settings in seen:
             raise SettingsError(f"'{point.name}' and '{seen[settings]}' are the same run; leave one of them out")
         seen[settings] = point.name
+    told: dict[str, str] = {}
+    tasks: dict[str, str] = {}
+    for point in points:
+        axes, task = str(sorted(point.axes.items())), point.resolved.as_dict()["task"]
+        if axes in told:
+            raise SettingsError(
+                f"'{point.name}' and '{told[axes]}' differ in nothing that a report would show; give the difference an "
+                "axis of its own"
+            )
+        told[axes] = point.name
+        if tasks.setdefault(point.axes["task"], str(task)) != str(task):
+            raise SettingsError(
+                f"the task '{point.axes['task']}' has two settings; two dense networks of one task are two comparisons"
+            )
 
 
 def departures(point: Point, registry: Registry) -> dict[str, Any]:
-    """Settings that differ from the components' own defaults, or from the preset's, by dotted name."""
+    """Settings that differ from the components' own defaults, or in anything from the preset's, by dotted name."""
     resolved = point.resolved
+    kinds = ["estimator", "saliency", "pattern", "finetune"]
     if resolved.settings.preset is not None:
         plain: dict[str, Any] = {"preset": resolved.settings.preset}
+        kinds += ["compensation", "reconstruction", "schedule"]
     else:
         plain = {kind: resolved.classes[kind].name for kind in COMPONENTS}
     given = resolved.as_dict()
     published = resolve({**plain, "task": given["task"]}, registry).as_dict()
-    return {
+    found = {
         f"{kind}.{key}": value
-        for kind in ("estimator", "saliency", "pattern", "finetune")
+        for kind in kinds
         for key, value in given[kind].items()
         if published[kind].get(key) != value
     }
+    if resolved.settings.preset is not None and given["substeps"] != published["substeps"]:
+        found["substeps"] = given["substeps"]
+    return found
 
 
 def warnings(given: ComparisonSettings, points: Sequence[Point]) -> list[str]:

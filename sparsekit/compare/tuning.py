@@ -74,8 +74,9 @@ def search(job: Search) -> Tuned:
         settings = merge(job.settings, damped(damping))
         try:
             value, cause = worth(one(job.directory / TRIALS, settings, shared, again=True)), ""
-        except SparsekitError as error:
-            value, cause = -math.inf, str(error)
+        except Exception as error:  # a bug of ours or a plugin's is this trial's failure, as it would be a run's
+            name = "" if isinstance(error, SparsekitError) else f"{type(error).__name__}: "
+            value, cause = -math.inf, f"{name}{error}"
         trials.append(Trial(damping=damping, value=value, cause=cause))
         if not math.isfinite(value):
             raise optuna.TrialPruned(cause)
@@ -100,9 +101,15 @@ def damped(damping: float) -> dict[str, Any]:
     return {"estimator": {"damping": damping, "damping_scale": "relative"}}
 
 
-def key_of(jobs: Sequence[Search]) -> str:
-    """What tuning depends on, hashed; data and dense weights are in the trials' own keys."""
-    return run_key({"jobs": [[job.axes, job.settings, job.tune.model_dump(mode="json")] for job in jobs]})
+def key_of(jobs: Sequence[Search], made_of: Sequence[Mapping[str, Any]]) -> str:
+    """What tuning depends on, hashed; `made_of` are hashes and versions behind each search."""
+    searched = [[job.axes, job.settings, job.tune.model_dump(mode="json")] for job in jobs]
+    return run_key({"searches": searched, "made of": list(made_of)})
+
+
+def failed(tuned: Tuned) -> bool:
+    """Whether a trial was lost, or all of them."""
+    return tuned.damping is None or any(trial.cause for trial in tuned.trials)
 
 
 def told(given: ComparisonSettings, points: Sequence[Point], tuned: Sequence[Tuned], key: str) -> Tuning:

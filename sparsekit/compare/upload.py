@@ -28,12 +28,14 @@ class Upload:
 
     Attributes:
         failure: the first thing that went wrong; nothing more is told after it.
+        skipped: why a run could not be told, the first of those.
         told: runs that were told.
     """
 
     def __init__(self, uri: str, experiment: str, directory: Path | None = None, name: str = "") -> None:
         self._uri, self._experiment, self._directory = uri, experiment, directory
         self.failure: str | None = None
+        self.skipped: str | None = None
         self.told = 0
         self._parent: Tracker | None = None
         if directory is not None:
@@ -52,11 +54,12 @@ class Upload:
         try:
             record = directory.read()
             if record is not None and child.find({"key": record.key, **tags}, finished=True) is None:
-                publish(child, directory, tags)
+                begun = child.find({"key": record.key, **tags})  # by somebody who was stopped
+                publish(child, directory, tags, begun)
                 self.told += child.failure is None
         except RecordError as error:
-            self.failure = str(error)
-        self.failure = self.failure or child.failure
+            self.skipped = self.skipped or str(error)  # one record that is damaged: the others are told
+        self.failure = child.failure
 
     def finish(self, files: Sequence[Path]) -> None:
         """End the parent run, with the plan and the report's files."""
@@ -88,11 +91,12 @@ class Uploader:
         return f"MLflow has not answered for {timeout:.0f} s" if self._thread.is_alive() else self.failure
 
     def _work(self) -> None:
+        self.failure = "the thread that tells MLflow has ended"  # unless it gets to its end
         upload = Upload(*self._where)
         while isinstance(item := self._queue.get(), Path):
             upload.run(item)
         upload.finish(item)
-        self.failure = upload.failure
+        self.failure = upload.failure or upload.skipped
 
 
 def track(directory: Path, uri: str, experiment: str) -> tuple[int, int]:
@@ -118,7 +122,7 @@ def track(directory: Path, uri: str, experiment: str) -> tuple[int, int]:
         alone = (directory / "record.json").exists()
         paths = [directory] if alone else sorted(path.parent for path in directory.glob("*/record.json"))
         upload, files = Upload(uri, experiment), []
-    finished = [path for path in paths if (r := RunDirectory(path).read()) is not None and r.status == "finished"]
+    finished = [path for path in paths if _finished(path)]
     if not finished:
         raise RecordError(
             f"there are no finished runs in '{directory}'; give the directory of a comparison, of runs or of one run"
@@ -128,4 +132,15 @@ def track(directory: Path, uri: str, experiment: str) -> tuple[int, int]:
     upload.finish(sorted(files))
     if upload.failure is not None:
         raise TrackingError(upload.failure)
+    if upload.skipped is not None:
+        raise RecordError(upload.skipped)
     return upload.told, len(finished)
+
+
+def _finished(path: Path) -> bool:
+    """Also where that cannot be read, so that it is said."""
+    try:
+        record = RunDirectory(path).read()
+    except RecordError:
+        return True
+    return record is not None and record.status == "finished"

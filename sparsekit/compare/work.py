@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.compare.plan import FAILURES, RUNS, Failure, PlannedRun, write
-from sparsekit.errors import DamagedError, SparsekitError
+from sparsekit.errors import DamagedError, RecordError, SparsekitError
 from sparsekit.provenance import now
+from sparsekit.records import RunRecord
 from sparsekit.registry import Registry
 from sparsekit.run import execute, load_registry
 from sparsekit.settings import resolve
@@ -48,27 +49,38 @@ def do(job: Job) -> None:
     shared = SharedStatistics()
     for run in job.runs:
         place = failure_path(job.directory, run)
+        place.unlink(missing_ok=True)  # of an earlier time
         try:
-            one(job.directory / RUNS, run.settings, shared, again=job.again)
+            one(job.directory / RUNS, run.settings, shared, run.directory, again=job.again)
         except SparsekitError as error:
             write(Failure(cause=str(error), when=now()), place)
         except Exception as error:  # a bug of ours or a plugin's: told with its traceback, and no other run's concern
             details = "".join(traceback.format_exception(error))
             write(Failure(cause=f"{type(error).__name__}: {error}", details=details, when=now()), place)
-        else:
-            place.unlink(missing_ok=True)
 
 
-def one(output: Path, settings: Mapping[str, Any], shared: SharedStatistics, *, again: bool = False) -> Any:
-    """A run, or the rest of it; returns its record. The comparison tracks it, from the record."""
+def one(
+    output: Path, settings: Mapping[str, Any], shared: SharedStatistics, planned: str = "", *, again: bool = False
+) -> RunRecord:
+    """A run, or the rest of it. The comparison tracks it, from the record.
+
+    Raises:
+        RecordError: its directory is not the planned one: data, weights or device are not what the plan was made with.
+    """
     own = {"output": str(output), "tracking": {"enabled": False}}
     resolved = resolve({**settings, **own}, registry())
     try:
-        return execute(resolved, registry(), resume=True, shared=shared).record
+        done = execute(resolved, registry(), resume=True, shared=shared)
     except DamagedError:
         if not again:
             raise
-        return execute(resolved, registry(), fresh=True, shared=shared).record
+        done = execute(resolved, registry(), fresh=True, shared=shared)
+    if planned and done.path.name != Path(planned).name:
+        raise RecordError(
+            f"the worker's run went to '{done.path}', not to '{planned}': it sees another device, other data or other "
+            "weights than the plan was made with; give the same command again"
+        )
+    return done.record
 
 
 def failure_path(directory: Path, run: PlannedRun) -> Path:

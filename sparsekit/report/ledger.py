@@ -39,6 +39,8 @@ def peak_mebibytes(record: RunRecord) -> float:
 
 def curvature_examples(record: RunRecord) -> tuple[int | None, int]:
     """(examples of one estimate, estimates); None: the estimator has no such setting."""
+    if record.estimator == "identity":  # looks at none
+        return None, 0
     examples = record.settings["estimator"].get("examples")
     return examples, sum(step.refreshed for step in record.steps)
 

@@ -24,9 +24,11 @@ class Metric:
 
     Attributes:
         name: as in the records.
+        resolution: what one example more or less changes of an accuracy; 0: not known.
     """
 
     name: str
+    resolution: float = 0.0
 
     @property
     def is_accuracy(self) -> bool:
@@ -65,7 +67,8 @@ class Metric:
         if difference.interval is None:
             return "unclaimed"
         low, high = difference.interval
-        if low <= 0 <= high:
+        # Seeds that agree to the example leave an interval of no width: one example is nobody's gain.
+        if low <= 0 <= high or abs(difference.mean) <= 1.001 * self.resolution:
             return "tie"
         return "better" if self.gain(difference.mean) > 0 else "worse"
 

@@ -204,7 +204,7 @@ def _task(comparison: Comparison, name: str, states: Sequence[State]) -> TaskSum
     shown = _shown(states)
     return TaskSummary(
         name=name,
-        metric=Metric("accuracy" if "accuracy" in names else names[0]),
+        metric=Metric("accuracy", _resolution(comparison, name)) if "accuracy" in names else Metric(names[0]),
         points=_points(states, shown, comparison.tuning),
         sparsities=tuple(sorted({round(level.sparsity, 10) for record in records for level in record.levels})),
         shown=shown,
@@ -215,6 +215,11 @@ def _task(comparison: Comparison, name: str, states: Sequence[State]) -> TaskSum
         multiply_adds=comparison.plan.multiply_adds.get(name, {}),
         splits=tuple(sorted({str(record.settings.get("split", "reporting")) for record in records})),
     )
+
+
+def _resolution(comparison: Comparison, task: str) -> float:
+    examples = comparison.plan.judged.get(task, 0)
+    return 1 / examples if examples else 0.0
 
 
 def _shown(states: Sequence[State]) -> tuple[str, ...]:
@@ -264,7 +269,9 @@ def _tuning(axes: Mapping[str, str], run: PlannedRun, tuning: Tuning | None) -> 
         for found in tuning.tuned:
             if found.damping is not None and found.axes.items() <= axes.items():
                 return "tuned"
-    return "as published" if run.settings.get("preset") else "untuned"
+    if run.settings.get("estimator") in ("identity", {"name": "identity"}):
+        return ""
+    return "as published" if run.settings.get("preset") and not run.departures else "untuned"
 
 
 def asked(sparsities: Sequence[float]) -> list[str]:

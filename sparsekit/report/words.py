@@ -239,7 +239,18 @@ def tuning(found: Tuning | None) -> str:
     failed = sum(not math.isfinite(trial.value) for entry in found.tuned for trial in entry.trials)
     lost = f", of which {failed} failed" if failed else ""
     places = f"Damping was tuned at {len(found.tuned)} places of the axes, {each} trials each{lost}"
-    return f"{places}; maximised: {found.objective}."
+    edge = sum(
+        entry.damping in (min(t.damping for t in entry.trials), max(t.damping for t in entry.trials))
+        for entry in found.tuned
+        if entry.damping is not None
+    )
+    edges = f" At {edge} of them the best damping is at the edge of what was tried." if edge else ""
+    return (
+        f"{places}; maximised: {found.objective}. Other axes than {', '.join(found.tuned[0].axes)} take over what was "
+        f"found at their first value, and what a compensation gives contains that of its own damping.{edges}"
+        if found.tuned
+        else f"{places}."
+    )
 
 
 def dense(task: TaskSummary) -> str:

@@ -116,17 +116,19 @@ def check_resume(case: Case) -> None:
 def check_adopt(case: Case) -> None:
     """What another damping's update left behind serves as well as an update of one's own, bitwise, where adopted."""
     objective = case.objective()
-    mine = case.made(objective)
-    settings = mine.settings
-    other = case.made(objective, damping=3 * settings.damping)
-    if mine.statistics(settings) != mine.statistics(other.settings):
-        return
-    other.update(objective, generator=torch.Generator().manual_seed(0))
-    if mine.adopt(_stored(other)):
-        own = case.updated(objective)
-        assert_identical("Σ from another's statistics", {"Σ": dense(mine.inverse())}, {"Σ": dense(own.inverse())})
-        if mine.inverse().damping != own.inverse().damping:
-            raise AssertionError(f"adopted, the damping is {mine.inverse().damping}, not {own.inverse().damping}")
+    own = case.updated(objective)
+    for factor in (1.0, 3.0, 1e9):
+        mine, other = case.made(objective), case.made(objective, damping=factor * own.settings.damping)
+        if mine.statistics(mine.settings) != mine.statistics(other.settings):
+            continue
+        other.update(objective, generator=torch.Generator().manual_seed(0))
+        adopted = mine.adopt(_stored(other))
+        if factor == 1 and not adopted:
+            raise AssertionError("the statistics of an estimator with the same settings were not adopted")
+        if adopted:
+            assert_identical("Σ from another's statistics", {"Σ": dense(mine.inverse())}, {"Σ": dense(own.inverse())})
+            if mine.inverse().damping != own.inverse().damping:
+                raise AssertionError(f"adopted, the damping is {mine.inverse().damping}, not {own.inverse().damping}")
 
 
 def check_shrink(case: Case) -> None:

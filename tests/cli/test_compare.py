@@ -63,7 +63,7 @@ def test_a_failed_run_is_told_and_the_exit_code_too(compare):
     )
     assert code == 1
     assert "1 of 2 runs are finished." in out
-    assert "failed: obs, joint, none, seed 0:" in out
+    assert "failed: obs, compensation joint, seed 0:" in out
     assert "--retry-failed does them again." in out
 
 

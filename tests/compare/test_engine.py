@@ -5,7 +5,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from sparsekit.compare import engine, tuning, work
+from sparsekit.compare import engine, plan, tuning, work
 from sparsekit.compare.engine import DEATHS, Engine
 from sparsekit.compare.executors import Executor, WorkerDied
 from sparsekit.compare.plan import Comparison, Tuning, read
@@ -173,6 +173,44 @@ def test_sharing_changes_no_result(tmp_path):
     assert record.key == together.records[alone.directory].key
 
 
+def test_a_failure_of_an_earlier_time_is_forgotten_once_a_run_is_finished(tmp_path):
+    found = made(tmp_path)[0].run(Inline())
+    work.write(plan.Failure(cause="an earlier one", when=""), work.failure_path(found.directory, found.plan.runs[0]))
+    assert Comparison.load(found.directory).failures == {}
+
+
+def test_a_damaged_failure_file_is_a_failure(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        failing(patch, RecordError("the disk is full"))
+        made(tmp_path)[0].run(Inline())
+    [path] = (tmp_path / "c" / "failures").glob("*.json")
+    path.write_text("{")
+    [failure] = Comparison.load(tmp_path / "c").failures.values()
+    assert "fields are not valid" in failure.cause
+    found = made(tmp_path)[0].run(Inline(), again=True)
+    assert all(found.finished(run) for run in found.plan.runs)
+
+
+def test_the_runs_behind_one_that_kills_its_worker_are_done(tmp_path):
+    class Deadly(Inline):
+        def submit(self, function, job):
+            self.dying = int(job.runs[0].axes["compensation"] == "independent")
+            return super().submit(function, job)
+
+    comparison, _ = made(tmp_path, axes={"compensation": ["independent", "joint"]})
+    found = comparison.run(Deadly())
+    [failed] = found.failures
+    [run] = [run for run in found.plan.runs if run.directory == failed]
+    assert run.axes["compensation"] == "independent"
+    assert sum(found.finished(run) for run in found.plan.runs) == 2
+
+
+def test_a_run_that_lands_elsewhere_than_planned_is_a_failure(tmp_path):
+    found = made(tmp_path)[0].run(Inline())
+    with pytest.raises(RecordError, match="it sees another device, other data or other weights"):
+        work.one(tmp_path / "c" / "runs", found.plan.runs[0].settings, work.SharedStatistics(), "runs/digits-obs-0")
+
+
 def test_every_method_gets_the_same_trials(tmp_path):
     methods = {"obs": OBS, "diagonal": {"estimator": {"name": "diagonal", "examples": 64}}, "magnitude": MAGNITUDE}
     comparison, _ = made(tmp_path, methods=methods, tune={"trials": 3, "sparsity": [0.8]})
@@ -203,26 +241,47 @@ def test_tuning_is_not_repeated(tmp_path, monkeypatch):
     made(tmp_path, tune={"trials": 2})[0].run(Inline())
 
 
-def test_a_trial_that_fails_is_kept_with_its_cause(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "cause"), [(RecordError("too large"), "too large"), (RuntimeError("oh"), "RuntimeError: oh")]
+)
+def test_a_trial_that_fails_is_kept_with_its_cause_until_it_is_asked_for_again(tmp_path, monkeypatch, error, cause):
     whole = tuning.one
 
     def one(output, settings, *args, **more):
         if settings["estimator"]["damping"] == 10.0:
-            raise RecordError("too large")
+            raise error
         return whole(output, settings, *args, **more)
 
-    monkeypatch.setattr(tuning, "one", one)
-    found = made(tmp_path, tune={"trials": 2})[0].run(Inline())
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "one", one)
+        found = made(tmp_path, tune={"trials": 2})[0].run(Inline())
     [tuned] = found.tuning.tuned
-    assert [trial.cause for trial in tuned.trials] == ["", "too large"]
+    assert [trial.cause for trial in tuned.trials] == ["", cause]
     assert tuned.damping == 0.001
+    [kept] = made(tmp_path, tune={"trials": 2})[0].run(Inline()).tuning.tuned
+    assert kept == tuned
+    [again] = made(tmp_path, tune={"trials": 2})[0].run(Inline(), again=True).tuning.tuned
+    assert [trial.cause for trial in again.trials] == ["", ""]
+
+
+def test_a_search_that_kills_its_workers_leaves_the_method_untuned(tmp_path):
+    class Deadly(Inline):
+        def submit(self, function, job):
+            self.dying = int(function is tuning.search)
+            return super().submit(function, job)
+
+    found = made(tmp_path, tune={"trials": 2})[0].run(Deadly())
+    [tuned] = found.tuning.tuned
+    assert tuned.damping is None
+    assert tuned.trials[0].cause == f"the worker process ended with code -9 ({DEATHS} times)"
+    assert all(found.finished(run) for run in found.plan.runs)
 
 
 def test_multiply_adds_are_those_of_the_layers(tmp_path):
-    plan = made(tmp_path)[0].run(Inline()).plan
+    found = made(tmp_path)[0].run(Inline()).plan
     model = REGISTRY.get("task", "digits")(REGISTRY.get("task", "digits").Settings()).network()
     sizes = {f"{name}.weight": m.weight.numel() for name, m in model.named_modules() if hasattr(m, "weight")}
-    linear = {name: count for name, count in plan.multiply_adds["digits"].items() if name in sizes}
+    linear = {name: count for name, count in found.multiply_adds["digits"].items() if name in sizes}
     assert linear
     assert all(count % sizes[name] == 0 for name, count in linear.items())
 

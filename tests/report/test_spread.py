@@ -83,3 +83,14 @@ def test_sparsities_have_as_many_digits_as_they_need():
 
 def test_what_is_not_defined_is_a_dash():
     assert [significant(math.nan), significant(math.inf)] == ["–", "∞"]
+
+
+def test_one_example_is_nobodys_gain():
+    found = Difference.of(dict.fromkeys(range(3), 0.996), dict.fromkeys(range(3), 1.0))
+    assert Metric("accuracy").verdict(found) == "worse"
+    assert Metric("accuracy", resolution=1 / 250).verdict(found) == "tie"
+
+
+def test_the_same_difference_in_every_seed_is_claimed_where_it_is_more_than_an_example():
+    found = Difference.of(dict.fromkeys(range(3), 0.9), dict.fromkeys(range(3), 0.5))
+    assert Metric("accuracy", resolution=1 / 250).verdict(found) == "better"
