@@ -3,7 +3,6 @@
 import gzip
 import io
 import struct
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 from PIL import Image
 
 from sparsekit.compare.engine import Engine
-from sparsekit.compare.executors import Executor
 from sparsekit.compare.spec import ComparisonSettings, expand, warnings
 from sparsekit.models import resnet
 from sparsekit.run import load_registry
@@ -71,16 +69,6 @@ def imagenet(folder):
 MAKERS = {"mnist": mnist, "autoencoder": mnist, "cifar10": cifar10, "tinyimagenet": tinyimagenet, "imagenet": imagenet}
 
 
-class Inline(Executor):
-    def submit(self, function, job):
-        future = Future()
-        future.set_result(function(job))
-        return future
-
-    def close(self):
-        pass
-
-
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)
 def raw(request, tmp_path, monkeypatch):
     """A file, with a tiny data set and dense weights for its task."""
@@ -119,7 +107,7 @@ def test_a_file_keeps_to_the_protocol(raw):
 
 
 @pytest.mark.slow
-def test_a_file_leads_to_finished_runs(raw, tmp_path):
+def test_a_file_leads_to_finished_runs(raw, tmp_path, inline):
     few = {"examples": 8, "batch_size": 4}
     run = {"steps": 1, "sparsity": [0.5], "reconstruction": few, "estimator": few}
     if "resnet18" in raw["name"]:
@@ -129,6 +117,6 @@ def test_a_file_leads_to_finished_runs(raw, tmp_path):
     raw = merge(raw, {"run": run, "seeds": [0]})
     raw["methods"] = {name: raw["methods"][name] for name in ("fishleg", "obs", "magnitude")}
     raw.pop("tune", None)
-    found = Engine(validated(ComparisonSettings, raw, ""), tmp_path / "out", REGISTRY).run(Inline())
+    found = Engine(validated(ComparisonSettings, raw, ""), tmp_path / "out", REGISTRY).run(inline)
     assert {d: f.cause for d, f in found.failures.items()} == {}
     assert all(found.finished(run) for run in found.plan.runs)

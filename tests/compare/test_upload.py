@@ -6,7 +6,6 @@ import pytest
 
 from sparsekit import tracking
 from sparsekit.compare.engine import Engine
-from sparsekit.compare.executors import Executor
 from sparsekit.compare.spec import ComparisonSettings
 from sparsekit.compare.upload import PARENT, Uploader, track
 from sparsekit.errors import RecordError
@@ -17,20 +16,8 @@ from sparsekit.tracking import TrackingError, default_uri, initialise
 REFUSED = "http://127.0.0.1:9"  # nothing listens on the discard port
 
 
-class Inline(Executor):
-    def submit(self, function, job):
-        from concurrent.futures import Future
-
-        future = Future()
-        future.set_result(function(job))
-        return future
-
-    def close(self):
-        pass
-
-
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory):
+def comparison(tmp_path_factory, inline):
     raw = {
         "name": "c",
         "run": {"task": "digits", "schedule": "one-shot", "finetune": {"epochs": 0}, "sparsity": [0.5, 0.9]},
@@ -38,7 +25,7 @@ def comparison(tmp_path_factory):
         "seeds": [0, 1],
     }
     given = validated(ComparisonSettings, raw, "")
-    return Engine(given, tmp_path_factory.mktemp("out") / "c", load_registry()).run(Inline())
+    return Engine(given, tmp_path_factory.mktemp("out") / "c", load_registry()).run(inline)
 
 
 @pytest.fixture(scope="module")
