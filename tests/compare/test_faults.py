@@ -79,7 +79,12 @@ def test_killed_workers_and_killed_comparisons_change_no_figure(file, tmp_path, 
 
 
 def test_an_interrupted_comparison_goes_on(file, tmp_path, undisturbed):
-    with subprocess.Popen(command(file, tmp_path, "--no-tracking"), stderr=subprocess.PIPE, text=True) as parent:
+    def heard():  # whoever starts the tests in the background has them ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command(file, tmp_path, "--no-tracking"), stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    ) as parent:
         while not list((tmp_path / "c").glob("runs/*/record.json")):
             time.sleep(0.2)
         parent.send_signal(signal.SIGINT)
