@@ -189,6 +189,8 @@ class Engine:
             self.finished(run)
         open_runs = [run for run in plan.runs if not found.finished(run)]
         todo = open_runs if again else [run for run in open_runs if run.directory not in found.failures]
+        for run in todo:
+            failure_path(self.directory, run).unlink(missing_ok=True)  # it is now to be seen anew
         self._work([Job(self.directory, runs, again) for runs in self._grouped(todo)], len(plan.runs), executor)
         return Comparison.load(self.directory)
 

@@ -49,7 +49,6 @@ def do(job: Job) -> None:
     shared = SharedStatistics()
     for run in job.runs:
         place = failure_path(job.directory, run)
-        place.unlink(missing_ok=True)  # of an earlier time
         try:
             one(job.directory / RUNS, run.settings, shared, run.directory, again=job.again)
         except SparsekitError as error:
