@@ -42,9 +42,15 @@ Metrics = Mapping[str, float]
 # -- events ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class DenseMeasured:
-    """The dense network, before anything is done to it."""
+    """The dense network, before anything is done to it.
+
+    Attributes:
+        metrics: its own.
+        seconds: that measuring took.
+    """
 
     metrics: Metrics
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -215,8 +221,10 @@ class Pruner:
         if state.mask is None:
             state.mask = Mask.full(self.space.size, device)
         if state.dense is None:
+            clock = _Clock(device)
             state.dense = self.measure(self.model)
-            yield DenseMeasured(state.dense)
+            clock.lap("measure")
+            yield DenseMeasured(state.dense, clock.seconds["measure"])
         for step in self.steps[state.next_step :]:
             yield from self._step(step, device)
 

@@ -271,7 +271,8 @@ class _Driver:
             for event in pruner.run():
                 listener(event)
                 if isinstance(event, DenseMeasured):
-                    self._update(dense=dict(event.metrics))
+                    seconds = {**self.record.seconds, "measure": event.seconds}
+                    self._update(dense=dict(event.metrics), seconds=seconds)
                     tracker.metrics({f"dense/{k}": v for k, v in event.metrics.items()}, step=0)
                 elif isinstance(event, LayerReconstructed):
                     if time.perf_counter() - self.saved > SAVE_EVERY:
