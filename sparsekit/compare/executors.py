@@ -103,10 +103,11 @@ def _serve(pipe: Connection, threads: int, parent: int) -> None:
     torch.set_num_threads(threads)
     while True:
         try:
-            function, job = pipe.recv()
+            given = pipe.recv_bytes()
         except EOFError:
             return
         try:
+            function, job = pickle.loads(given)  # here, so that what this process cannot import is told
             answer = (False, function(job))
         except Exception as error:
             answer = (True, _portable(error))

@@ -1,7 +1,6 @@
 """Workers do what they are given, tell what went wrong, and end with whoever started them."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,27 +11,11 @@ import pytest
 from sparsekit.compare.executors import LocalExecutor, RayExecutor, WorkerDied
 from sparsekit.errors import SettingsError
 
-
-def pid(_):
-    return os.getpid()
-
-
-def threads(_):
-    import torch
-
-    return torch.get_num_threads()
-
-
-def die(_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def fail(text):
-    raise SettingsError(text)
-
-
-def sleep(seconds):
-    time.sleep(seconds)
+# What workers can import: they know nothing of the tests' modules.
+PID = "__import__('os').getpid()"
+THREADS = "__import__('torch').get_num_threads()"
+DIE = "__import__('os').kill(__import__('os').getpid(), 9)"
+FAIL = "__import__('sparsekit.settings').settings.parse_assignment('no such thing')"
 
 
 @pytest.fixture(scope="module")
@@ -42,29 +25,29 @@ def executor():
 
 
 def test_a_worker_is_a_process_of_its_own_and_lives_on(executor):
-    first, second = (executor.submit(pid, None).result() for _ in range(2))
+    first, second = (executor.submit(eval, PID).result() for _ in range(2))
     assert first == second != os.getpid()
 
 
 def test_a_worker_has_the_threads_that_were_asked_for(executor):
-    assert executor.submit(threads, None).result() == 1
+    assert executor.submit(eval, THREADS).result() == 1
 
 
 def test_what_a_job_raises_its_future_raises(executor):
     with pytest.raises(SettingsError, match="no such thing"):
-        executor.submit(fail, "no such thing").result()
+        executor.submit(eval, FAIL).result()
 
 
 def test_a_worker_that_is_killed_is_told_and_replaced(executor):
     with pytest.raises(WorkerDied, match=r"ended with code -9: it was killed, or ran out of memory"):
-        executor.submit(die, None).result()
-    assert executor.submit(pid, None).result() != os.getpid()
+        executor.submit(eval, DIE).result()
+    assert executor.submit(eval, PID).result() != os.getpid()
 
 
 def test_closing_ends_what_is_running():
     made = LocalExecutor(1)
-    worker = made.submit(pid, None).result()
-    future = made.submit(sleep, 60)
+    worker = made.submit(eval, PID).result()
+    future = made.submit(time.sleep, 60)
     while not future.running():
         time.sleep(0.01)
     begun = time.perf_counter()
@@ -83,7 +66,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
         "from sparsekit.compare.executors import LocalExecutor\n"
         "if __name__ == '__main__':\n"
         "    made = LocalExecutor(1)\n"
-        "    print(made.submit(eval, 'os.getpid() if (os := __import__(\"os\")) else 0').result(), flush=True)\n"
+        f"    print(made.submit(eval, {PID!r}).result(), flush=True)\n"
         "    made.submit(time.sleep, 600)\n"
         "    time.sleep(600)\n"
     )
@@ -103,8 +86,20 @@ def test_ray_that_is_not_there_is_said(monkeypatch):
 def test_ray_does_jobs_and_tells_their_errors():
     pytest.importorskip("ray")
     with RayExecutor(1, 1 << 28) as made:
-        assert made.submit(pid, None).result() != os.getpid()
+        assert made.submit(eval, PID).result() != os.getpid()
         with pytest.raises(SettingsError, match="no such thing"):
-            made.submit(fail, "no such thing").result()
+            made.submit(eval, FAIL).result()
         with pytest.raises(WorkerDied):
-            made.submit(die, None).result()
+            made.submit(eval, DIE).result()
+
+
+class Unknown:
+    """What cannot be made again elsewhere."""
+
+    def __reduce__(self):
+        return (__import__, ("no_such_module",))
+
+
+def test_what_a_worker_cannot_import_is_told(executor):
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        executor.submit(str, Unknown()).result()

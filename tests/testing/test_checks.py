@@ -237,6 +237,11 @@ class BakesDamping(Dense):
         return self.baked
 
 
+class BakesDampingIn(Dense):
+    def mean(self, objective, rows):
+        return super().mean(objective, rows) + self.settings.damping * torch.eye(self.space.size)
+
+
 class KeepsDamping(Dense):
     def inverse(self, damping=None):
         found = super().inverse(damping)
@@ -405,6 +410,7 @@ WRONG = [
     (CompactsAtShrink, "shrink", "back to the full one"),
     (BakesDamping, "another_damping", "the damping .* was asked for"),
     (KeepsDamping, "damping_is_not_kept", "Σ differs by up to"),
+    (BakesDampingIn, "adopt", "Σ from another's statistics"),
     (DividesByANorm, "large_damping", "γΣ at γ"),
     (LosesTheCurvature, "small_damping", "in float32"),
     (AveragesBatches, "order_of_examples", "Σ from one batch"),
