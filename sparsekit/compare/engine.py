@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekit.compare import tuning
+from sparsekit.compare.estimate import passes, seconds_of_an_example
 from sparsekit.compare.executors import Executor, WorkerDied
 from sparsekit.compare.plan import (
     PLAN,
@@ -80,8 +81,6 @@ def sketch(given: ComparisonSettings, registry: Registry) -> Sketch:
     Raises:
         SparsekitError: a point cannot work; the sentence says which.
     """
-    from sparsekit.compare.estimate import passes, seconds_of_an_example
-
     points = expand(given, registry)
     searches = tuning.searches(given, points, Path())
     once = {str(p.settings.get("task")): p for p in points}

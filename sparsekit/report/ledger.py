@@ -13,17 +13,15 @@ from sparsekit.records import LevelRecord, RunRecord
 from sparsekit.report.spread import Spread, percent, significant
 from sparsekit.report.summary import Point, Summary, TaskSummary, asked
 from sparsekit.report.tables import Cell, Table, named
+from sparsekit.sharing import SHARED_SECONDS
 
 #: Parts of a run that have a column of seconds.
 PARTS = ("curvature", "removal", "reconstruction", "finetune", "total")
 
-#: Of a step's curvature figures: seconds that another run spent on statistics that this one used.
-SHARED = "shared/seconds"
-
 
 def shared_seconds(record: RunRecord) -> float:
     """Curvature seconds that another run spent for this one."""
-    return sum(step.curvature.get(SHARED, 0.0) for step in record.steps)
+    return sum(step.curvature.get(SHARED_SECONDS, 0.0) for step in record.steps)
 
 
 def seconds(record: RunRecord, part: str) -> float:

@@ -188,7 +188,7 @@ def summarise(comparison: Comparison) -> Summary:
 
 def _state(comparison: Comparison, run: PlannedRun) -> State:
     record = comparison.records.get(run.directory)
-    if record is not None and record.status == "finished":
+    if comparison.finished(run):
         return State(run, record, "finished")  # a failure that was mended since is none
     return State(run, record, "failed" if run.directory in comparison.failures else "unfinished")
 
