@@ -17,7 +17,7 @@ Factors = Sequence[Tensor | None]
 _SLICE = 1 << 26
 
 #: Rows of a matrix that may meet in a principal block which is taken row by row; the work grows with their square.
-MOST_ROWS = 8
+MOST_ROWS = 32
 
 
 def kronecker_product(factors: Factors, X: Tensor, *, transposed: bool = False) -> Tensor:

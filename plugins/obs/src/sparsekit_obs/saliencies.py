@@ -19,6 +19,9 @@ MOST_SUBSETS = 128
 #: Bytes of blocks that are worked on at a time.
 SLICE_BYTES = 1 << 28
 
+#: Weights taken before the rest of a block is updated: by then in one matrix product, not in as many passes over it.
+PANEL = 32
+
 
 class GreedySettings(Settings):
     """Settings of `obs-greedy`."""
@@ -67,7 +70,7 @@ def _pieces(stretches: Sequence[int], longest: int, device: torch.device) -> Ite
 
 
 def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
-    """Greedy Optimal Brain Surgeon in every block at once.
+    """Greedy Optimal Brain Surgeon in every block at once: a Cholesky factorisation of Σ, pivoted by cost.
 
     Args:
         sigma: (m, B, B), Σ in each block, float64.
@@ -80,32 +83,37 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
     Raises:
         CurvatureError: a pivot Σ_ii is not positive when its weight is taken.
     """
-    sigma, weights = sigma.clone(), weights.clone()
+    weights = weights.clone()
     costs, left = torch.zeros_like(weights), torch.ones_like(kept)
     reached, no_bound = torch.zeros_like(weights[:, 0]), weights.new_tensor(torch.inf)
     block, count = torch.arange(len(sigma), device=sigma.device), weights.shape[1]
     place = torch.arange(count, device=sigma.device).expand(len(sigma), -1)  # where what is worked on came from
     smallest = torch.ones_like(reached)
-    taken = 0
-    for _ in range(count):
-        cost = weights.square() / (2 * sigma.diagonal(dim1=1, dim2=2))
-        cost = torch.where(left, torch.where(kept, cost, -1.0), torch.inf)
-        least, i = cost.min(1)
-        reached = torch.maximum(torch.nextafter(reached, no_bound), least)  # a later one never before an earlier
-        costs[block, place[block, i]] = reached
-        column = sigma[block, :, i]
-        smallest = torch.minimum(smallest, column[block, i])  # NaN stays
-        scaled = column / column[block, i][:, None]
-        weights -= weights[block, i][:, None] * scaled
-        sigma -= column[:, :, None] * scaled[:, None, :]
-        left[block, i] = False
-        sigma[block, i, i] = 1.0  # what is taken must not divide by zero
-        taken += 1
-        if 8 * taken >= weights.shape[1] >= 64:  # as many of each block: the rest is worked on by itself
+    for first in range(0, count, PANEL):
+        panel = min(PANEL, count - first)
+        diagonal = sigma.diagonal(dim1=1, dim2=2).clone()
+        factor = sigma.new_empty(len(sigma), panel, weights.shape[1])  # Σ now is `sigma` − factorᵀ factor
+        for k in range(panel):
+            cost = weights.square() / (2 * diagonal)
+            cost = torch.where(left, torch.where(kept, cost, -1.0), torch.inf)
+            least, i = cost.min(1)
+            reached = torch.maximum(torch.nextafter(reached, no_bound), least)  # a later one never before an earlier
+            costs[block, place[block, i]] = reached
+            row, known = sigma[block, i][:, None], factor[:, :k]
+            row = torch.baddbmm(row, known[block, :, i][:, None], known, alpha=-1)[:, 0]
+            pivot = row[block, i]
+            smallest = torch.minimum(smallest, pivot)  # NaN stays
+            weights -= (weights[block, i] / pivot)[:, None] * row
+            factor[:, k] = row * pivot.rsqrt()[:, None]
+            diagonal -= factor[:, k].square()
+            left[block, i] = False
+            diagonal[block, i] = 1.0  # what is taken must not divide by zero
+        if first + panel < count:  # as many of each block are left: the rest is worked on by itself
             rest = left.nonzero()[:, 1].view(len(left), -1)
+            factor = factor.gather(2, rest[:, None].expand(-1, panel, -1))
             sigma = sigma[block[:, None, None], rest[:, :, None], rest[:, None, :]]
+            sigma.baddbmm_(factor.mT, factor, alpha=-1)
             weights, kept, left, place = (x.gather(1, rest) for x in (weights, kept, left, place))
-            taken = 0
     _check_pivots(smallest)
     return costs
 
