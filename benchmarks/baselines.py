@@ -78,7 +78,7 @@ def cuts(options: argparse.Namespace, settings: dict[str, Any], dampings: dict[s
     estimator.update(Objective(model, dataset.likelihood, batches, space), generator=draw)
     seconds = {"curvature": time.perf_counter() - started}
     limit = 2000 if options.tune else None  # enough to tell decades of damping apart
-    judged = list(dataset.batches(options.split, batch_size=500, limit=limit))
+    judged = list(dataset.batches(options.split, batch_size=100, limit=limit))
     steps = [dataclasses.replace(s, refresh=False) for s in plan(LEVELS, run.build("schedule"), independent=True)]
     out: dict[str, Any] = {"accuracy": {}, "increase": {}}
     for how, values in dampings.items():

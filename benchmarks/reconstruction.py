@@ -106,7 +106,7 @@ def one_cut(options: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     inverse = estimator.inverse()
     estimator.inverse = lambda: inverse
-    judged = list(dataset.batches(options.split, batch_size=500))
+    judged = list(dataset.batches(options.split, batch_size=100))
     steps = [dataclasses.replace(s, refresh=False) for s in plan(LEVELS, run.build("schedule"), independent=True)]
     saliency = run.build("saliency")
     saliency.score = _once(saliency.score)  # of the dense weights, in every row

@@ -473,7 +473,7 @@ class Task(ABC):
 
     def measure(self, model: nn.Module, split: Split) -> dict[str, float]:
         """The mean loss, and top-1 accuracy as a fraction where the likelihood has one."""
-        return measure(model, self.likelihood, self.batches(split, batch_size=500))
+        return measure(model, self.likelihood, self.batches(split, batch_size=100))
 
 
 def measure(model: nn.Module, likelihood: Likelihood, batches: Iterable[Batch]) -> dict[str, float]:

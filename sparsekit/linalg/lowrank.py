@@ -177,6 +177,11 @@ class DiagonalPlusLowRank(LinearOperator):
 
     def diagonal(self) -> Tensor:
         """(1 − Σ_rows V²)/γ."""
+        return self._diagonal.clone()
+
+    @cached_property
+    def _diagonal(self) -> Tensor:
+        """As dear as the factor, and asked for at every cut: by scores and by independent compensation."""
         out = torch.empty(self.size, dtype=self.dtype, device=self.device)
         eye = torch.eye(len(self.rows), dtype=torch.float64, device=self.device)
         inverse = torch.linalg.solve_triangular(self._factor, eye, upper=False).to(self.working)

@@ -209,6 +209,13 @@ def test_pages_change_nothing(monkeypatch):
     assert_close(low_rank().diagonal(), whole.diagonal())
 
 
+def test_a_diagonal_that_is_changed_by_its_caller_is_made_from_the_operator_again():
+    operator = DiagonalPlusLowRank(draw(5, 9), 0.1, 5)
+    expected = operator.dense().diagonal()
+    operator.diagonal().zero_()
+    torch.testing.assert_close(operator.diagonal(), expected)
+
+
 @pytest.mark.parametrize("kept", [None, torch.arange(9) % 4 != 0], ids=["all", "kept"])
 @pytest.mark.parametrize("cell", [(3, 2), (1, 9), (4, 4), (64, 4096)], ids=str)
 def test_cells_of_products_change_nothing(cell, kept, monkeypatch):
