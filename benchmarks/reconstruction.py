@@ -49,6 +49,10 @@ MASKS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "obs": ({"estimator": {"name": "obs", "damping": 1e-5, **ABSOLUTE}}, ("none", "joint")),
     "fishleg": ({"estimator": FISHLEG}, ("none", "joint")),
     "fishleg, greedy": ({"estimator": FISHLEG, "saliency": GREEDY}, ("none", "joint")),
+    "fishleg, greedy by rows": (  # γ as tuned for greedy scores, block size chosen on the tuning half
+        {"estimator": {**FISHLEG, "damping": 3e-5}, "saliency": {"name": "obs-greedy", "block_size": 576}},
+        ("none", "joint"),
+    ),
     "layer-wise obs, uniform": (
         {"estimator": "obs-layerwise", "saliency": {"name": "obs-greedy", "block_size": 576}, "pattern": "uniform"},
         ("none", "joint"),
@@ -72,6 +76,7 @@ MASKS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 #: Rows of the table of sub-steps: mask, compensation, reconstruction, sub-steps a level.
 PATHS = [
     ("layer-wise obs, Fisher", "joint", "fisher", 4),
+    ("fishleg, greedy by rows", "joint", "fisher", 4),
     ("fishleg, greedy", "joint", "fisher", 4),
     ("magnitude", "none", "fisher", 4),
     ("fishleg", "joint", "fisher", 4),
