@@ -206,6 +206,8 @@ def finetuning(options: argparse.Namespace) -> None:
     for (mask, compensation), how, rate in product(
         (("magnitude", "none"), ("fishleg", "joint")), HOW, options.learning_rates
     ):
+        if options.only and mask not in options.only:
+            continue
         cells = []
         for sparsity in (0.8, 0.9):
             pairs = []
