@@ -9,12 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sparsekit.errors import DataError
 from sparsekit.interfaces import FinetuneSettings, Split, Task, TaskSettings
 from sparsekit.likelihoods import Bernoulli
 from sparsekit.models import Autoencoder
 from sparsekit.objective import as_found
-from sparsekit.tasks.dense import Recipe, cached_network, dense_network, train
+from sparsekit.tasks.dense import Recipe, cached_network, check_checkpoint, dense_network, train
 from sparsekit.tasks.idx import MnistFiles
 from sparsekit.tasks.images import ImageBatches, MappedBatches, part
 
@@ -47,8 +46,7 @@ class MnistAutoencoder(Task):
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
-        if settings.checkpoint is not None and not Path(settings.checkpoint).is_file():
-            raise DataError(f"there is no checkpoint file '{settings.checkpoint}'; leave it out to train one")
+        check_checkpoint(settings.checkpoint)
         self._files = MnistFiles(self.name, settings.data_dir, download=settings.download)
 
     def network(self) -> nn.Module:

@@ -19,7 +19,7 @@ from sparsekit.errors import DataError
 from sparsekit.interfaces import FinetuneSettings, Split, Task, TaskSettings
 from sparsekit.likelihoods import Categorical
 from sparsekit.models import resnet, resnet18
-from sparsekit.tasks.dense import RESIDUAL, Recipe, cached_network, dense_network, train
+from sparsekit.tasks.dense import RESIDUAL, Recipe, cached_network, check_checkpoint, dense_network, train
 from sparsekit.tasks.images import IMAGENET_MEAN, IMAGENET_STD, ImageBatches, cache_directory, into_cache, part
 
 File = Literal["train", "test"]
@@ -55,9 +55,7 @@ class Cifar10(Task):
             raise DataError(
                 f"the task 'cifar10' prunes a trained {settings.architecture}; give its weights by --checkpoint"
             )
-        if settings.checkpoint is not None and not Path(settings.checkpoint).is_file():
-            otherwise = "; leave it out to train one" if trains else ""
-            raise DataError(f"there is no checkpoint file '{settings.checkpoint}'{otherwise}")
+        check_checkpoint(settings.checkpoint, trains=trains)
         if settings.data_dir is None:
             raise DataError("the task 'cifar10' needs --data-dir: torchvision's folder or one of parquet files")
         self._root = Path(settings.data_dir)

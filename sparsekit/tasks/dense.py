@@ -24,6 +24,16 @@ from sparsekit.tasks.images import cache_directory, into_cache
 SAVE_EVERY = 120.0
 
 
+def check_checkpoint(path: str | None, *, trains: bool = True) -> None:
+    """Refuse a checkpoint that is no file; `trains`: without one, the task trains its network.
+
+    Raises:
+        DataError: there is none where the path says.
+    """
+    if path is not None and not Path(path).is_file():
+        raise DataError(f"there is no checkpoint file '{path}'{'; leave it out to train one' if trains else ''}")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Adam with decoupled weight decay; the learning rate falls to zero along a half cosine."""

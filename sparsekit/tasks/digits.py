@@ -18,7 +18,7 @@ from sparsekit.likelihoods import Categorical
 from sparsekit.models import DigitsNet
 from sparsekit.objective import Batch
 from sparsekit.parameters import Mask, ParameterSpace
-from sparsekit.tasks.dense import dense_network
+from sparsekit.tasks.dense import check_checkpoint, dense_network
 from sparsekit.tasks.images import ImageBatches, cache_directory
 
 #: 1,797 images: these for training, the rest split between tuning (even) and reporting (odd).
@@ -41,8 +41,7 @@ class Digits(Task):
         super().__init__(settings)
         if settings.data_dir is not None:
             raise DataError(f"the task '{self.name}' brings its own images; leave --data-dir out")
-        if settings.checkpoint is not None and not Path(settings.checkpoint).is_file():
-            raise DataError(f"there is no checkpoint file '{settings.checkpoint}'; leave it out to train one")
+        check_checkpoint(settings.checkpoint)
 
     def network(self) -> nn.Module:
         """`DigitsNet`, untrained, the same for the same seed."""

@@ -17,6 +17,7 @@ from sparsekit.errors import DataError
 from sparsekit.interfaces import FinetuneSettings, Split, Task, TaskSettings, measure
 from sparsekit.likelihoods import Categorical
 from sparsekit.models import load_checkpoint
+from sparsekit.tasks.dense import check_checkpoint
 from sparsekit.tasks.folders import FolderBatches, Sample, file_digest
 from sparsekit.tasks.images import part
 
@@ -58,8 +59,7 @@ class ImageNet(Task):
                 f"the task 'imagenet' prunes a trained {settings.architecture}; give its weights by --checkpoint, or "
                 "set task.download=true where there is a network"
             )
-        if settings.checkpoint is not None and not Path(settings.checkpoint).is_file():
-            raise DataError(f"there is no checkpoint file '{settings.checkpoint}'")
+        check_checkpoint(settings.checkpoint, trains=False)
         if settings.data_dir is None:
             raise DataError("the task 'imagenet' needs --data-dir: a folder with train/<class>/* and val/<class>/*")
         self._root = Path(settings.data_dir)

@@ -19,7 +19,7 @@ from sparsekit.errors import DataError
 from sparsekit.interfaces import FinetuneSettings, Split, Task, TaskSettings
 from sparsekit.likelihoods import Categorical
 from sparsekit.models import resnet18
-from sparsekit.tasks.dense import RESIDUAL, Recipe, cached_network, dense_network, train
+from sparsekit.tasks.dense import RESIDUAL, Recipe, cached_network, check_checkpoint, dense_network, train
 from sparsekit.tasks.folders import Sample, decode, file_digest
 from sparsekit.tasks.images import IMAGENET_MEAN, IMAGENET_STD, ImageBatches, cache_directory, into_cache, part
 
@@ -53,8 +53,7 @@ class TinyImageNet(Task):
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
-        if settings.checkpoint is not None and not Path(settings.checkpoint).is_file():
-            raise DataError(f"there is no checkpoint file '{settings.checkpoint}'; leave it out to train one")
+        check_checkpoint(settings.checkpoint)
         if settings.data_dir is None:
             raise DataError("the task 'tinyimagenet' needs --data-dir: the folder tiny-imagenet-200 as published")
         self._root = Path(settings.data_dir)
