@@ -14,6 +14,8 @@ import argparse
 import subprocess
 import sys
 import time
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -32,6 +34,8 @@ FILE = {
     "methods": {
         "fishleg": {"estimator": "fishleg"},
         "obs": {"estimator": "obs"},
+        "mfac": {"estimator": "mfac"},
+        "woodfisher": {"estimator": "woodfisher"},
         "magnitude": {"estimator": "identity", "saliency": "magnitude", "compensation": "none"},
     },
     "axes": {"reconstruction": ["none", "layerwise"]},
@@ -71,6 +75,7 @@ def tell(directory: Path, seconds: float, workers: int) -> None:
     trials = [RunDirectory(path).read() for path in (directory / TRIALS).glob("*/")]
     records = [*comparison.records.values(), *(record for record in trials if record)]
     wall = seconds * workers
+    waited = waiting([(record.started, record.finished) for record in records if record.finished], workers)
     phases: dict[str, float] = {}
     for record in records:
         for phase, spent in record.seconds.items():
@@ -84,7 +89,22 @@ def tell(directory: Path, seconds: float, workers: int) -> None:
     print(f"the host: {wall - work:.1f} s, {100 * (wall - work) / work:.1f} % of the work; of these")
     print(f"  {prepare:.1f} s reading data and dense weights in the workers")
     print(f"  {total - prepare - work:.1f} s within runs: checkpoints, records")
-    print(f"  {wall - total:.1f} s starting, planning, hashing, tracking, reporting, waiting for the last worker")
+    print(f"  {waited:.1f} s workers with nothing left to do, while others were at work")
+    print(f"  {wall - total - waited:.1f} s starting, planning, hashing, tracking, reporting, between runs")
+
+
+def waiting(spans: list[tuple[str, str]], workers: int) -> float:
+    """Seconds of workers without a run while another one had one."""
+    events = sorted(
+        (datetime.fromisoformat(moment), change)
+        for begun, ended in spans
+        for moment, change in ((begun, 1), (ended, -1))
+    )
+    found, active = 0.0, 0
+    for (before, change), (after, _) in pairwise(events):
+        active += change
+        found += (workers - active) * (after - before).total_seconds() * (active > 0)
+    return found
 
 
 if __name__ == "__main__":

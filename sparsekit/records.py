@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import uuid
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,9 @@ from sparsekit.parameters import ParameterSpace
 
 #: Raised whenever a field below changes its name, meaning or unit; part of every run's identity.
 SCHEMA_VERSION = 1
+
+#: Bytes of a tensor from which on a checkpoint looks whether it is on disk already: gradient rows take gigabytes.
+LARGE = 1 << 20
 
 #: Of every file of a mask: what True in its tensors means.
 MASK_METADATA = {"format": "pt", "meaning": "True = kept"}
@@ -237,6 +241,8 @@ class RunDirectory:
         self.path = path
         # Beside the folder, so that --fresh can remove the folder while it holds the lock.
         self._lock_path = path.parent / ".locks" / f"{path.name}.lock"
+        self._part: Path | None = None  # of the checkpoint, with the large tensors as they were then
+        self._in_part: dict[str, tuple[weakref.ref[Tensor], int]] = {}
 
     @classmethod
     def of(cls, root: Path, task: str, estimator: str, key: str) -> RunDirectory:
@@ -324,7 +330,10 @@ class RunDirectory:
         return self.path / "checkpoint"
 
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Put all that resuming after `step` needs on disk as one file; only then remove older ones.
+        """Put all that resuming after `step` needs on disk; only then remove older checkpoints.
+
+        Large tensors go into a file of their own, which stays for as long as some of them are the same and unchanged:
+        what an estimator has learned outlasts many a step.
 
         Args:
             step: steps done; names the file.
@@ -332,11 +341,30 @@ class RunDirectory:
             meta: plain data; floats come back exactly, infinities too.
         """
         path = self.checkpoint_path / f"{step:05d}.safetensors"
-        write_tensors(path, tensors, {"format": "pt", "meta": json.dumps(_plain(meta))})
+        apart = {name for name, tensor in tensors.items() if self._has(name, tensor)}
+        if not apart:
+            large = {name: tensor for name, tensor in tensors.items() if tensor.nbytes >= LARGE}
+            part = self.checkpoint_path / f"{uuid.uuid4().hex[:12]}.part"  # the one before belongs to its checkpoint
+            if large:
+                write_tensors(part, large, {"format": "pt"})
+            self._part, apart = part, set(large)
+            self._in_part = {
+                name: (weakref.ref(tensor), tensor._version)
+                for name, tensor in large.items()
+                if not tensor.is_inference()  # does not count its changes
+            }
+        where = [self._part.name, sorted(apart)] if self._part is not None and apart else None
+        rest = {name: tensor for name, tensor in tensors.items() if name not in apart}
+        write_tensors(path, rest, {"format": "pt", "meta": json.dumps(_plain(meta)), "part": json.dumps(where)})
         with _reported("remove old checkpoints in", self.checkpoint_path):
             for other in self.checkpoint_path.iterdir():  # half-written ones of a killed process, too
-                if other != path and other.suffix in {".safetensors", ".tmp"}:
+                if other not in (path, self._part) and other.suffix in {".safetensors", ".part", ".tmp"}:
                     other.unlink()
+
+    def _has(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor is in the part on disk as it is now."""
+        found, version = self._in_part.get(name, (lambda: None, 0))
+        return found() is tensor and tensor._version == version
 
     def load_checkpoint(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
         """(step, tensors, meta) of the newest whole checkpoint, or None where there is none.
@@ -349,8 +377,11 @@ class RunDirectory:
         for path in paths:
             try:
                 tensors, metadata = read_tensors(path)
+                if where := json.loads(metadata.get("part", "null")):
+                    part, _ = read_tensors(self.checkpoint_path / where[0])
+                    tensors |= {name: part[name] for name in where[1]}
                 return int(path.stem), tensors, json.loads(metadata["meta"])
-            except (SafetensorError, ValueError, KeyError):
+            except (SafetensorError, FileNotFoundError, ValueError, KeyError):
                 continue  # cut short: the one before it is whole
             except OSError as error:
                 raise RecordError(f"cannot read the checkpoint {path}: {error}") from error

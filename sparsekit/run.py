@@ -416,8 +416,9 @@ class _Driver:
         )
         if event.step.completes_level:
             self._write_result(pruner)
-        self._checkpoint(pruner)  # first the checkpoint, then the record that speaks of it
-        self.directory.write(self.record)
+        if event.step.index + 1 < len(self.plan):  # else the run is finished in a moment
+            self._checkpoint(pruner)  # first the checkpoint, then the record that speaks of it
+            self.directory.write(self.record)
         tracker.metrics(step_metrics(step, record.parameters["prunable"]), step=event.step.index)
 
     def _level(self, event: StepCompleted, steps: list[StepRecord]) -> LevelRecord:

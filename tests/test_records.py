@@ -329,6 +329,64 @@ def test_a_truncated_checkpoint_is_skipped_for_an_older_one(run, fraction):
     assert run.load_checkpoint()[0] == 1
 
 
+@pytest.fixture
+def large():
+    return torch.randn(records.LARGE // 4)
+
+
+def parts(run):
+    return {path.name: path.stat().st_ino for path in run.checkpoint_path.glob("*.part")}
+
+
+def test_a_large_tensor_that_is_unchanged_is_not_written_again(run, large):
+    run.save_checkpoint(1, {"rows": large, "w": torch.zeros(2)}, {})
+    before = parts(run)
+    run.save_checkpoint(2, {"rows": large, "w": torch.ones(2)}, {})
+    assert parts(run) == before and len(before) == 1
+
+
+def test_unchanged_large_tensors_are_read_back_beside_those_that_changed(run, large):
+    other = torch.randn_like(large)
+    run.save_checkpoint(1, {"rows": large, "other": other}, {})
+    other += 1
+    run.save_checkpoint(2, {"rows": large, "other": other, "w": torch.ones(2)}, {})
+    _, read, _ = run.load_checkpoint()
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {
+        "rows": large.tolist(), "other": other.tolist(), "w": [1.0, 1.0]
+    }  # fmt: skip
+
+
+def test_a_large_tensor_changed_in_place_is_written_again(run, large):
+    run.save_checkpoint(1, {"rows": large}, {})
+    large[3] = 7.0
+    run.save_checkpoint(2, {"rows": large}, {})
+    assert run.load_checkpoint()[1]["rows"][3] == 7.0
+
+
+def test_a_large_tensor_that_is_gone_does_not_come_back(run, large):
+    run.save_checkpoint(1, {"rows": large, "old": large + 1}, {})
+    run.save_checkpoint(2, {"rows": large}, {})
+    assert set(run.load_checkpoint()[1]) == {"rows"}
+
+
+def test_a_large_tensor_of_inference_mode_is_written_each_time(run):
+    with torch.inference_mode():
+        rows = torch.zeros(records.LARGE // 4)
+    run.save_checkpoint(1, {"rows": rows}, {})
+    with torch.inference_mode():
+        rows += 1
+    run.save_checkpoint(2, {"rows": rows}, {})
+    assert run.load_checkpoint()[1]["rows"][0] == 1
+
+
+def test_a_part_that_is_not_whole_makes_its_checkpoint_so(run, large):
+    run.save_checkpoint(1, {"rows": large}, {})
+    for name in parts(run):
+        truncate(run.checkpoint_path / name, 0.5)
+    with pytest.raises(RecordError, match="no checkpoint in .* is whole"):
+        run.load_checkpoint()
+
+
 def test_no_whole_checkpoint_is_an_error(run):
     run.save_checkpoint(1, {"w": torch.ones(3)}, {})
     truncate(run.checkpoint_path / "00001.safetensors", 0.5)
