@@ -14,7 +14,7 @@ import argparse
 import subprocess
 import sys
 import time
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def tell(directory: Path, seconds: float, workers: int) -> None:
     trials = [RunDirectory(path).read() for path in (directory / TRIALS).glob("*/")]
     records = [*comparison.records.values(), *(record for record in trials if record)]
     wall = seconds * workers
-    waited = waiting([(record.started, record.finished) for record in records if record.finished], workers)
+    waited = waiting([(r.started, r.finished, r.seconds["prepare"]) for r in records if r.finished], workers)
     phases: dict[str, float] = {}
     for record in records:
         for phase, spent in record.seconds.items():
@@ -93,17 +93,19 @@ def tell(directory: Path, seconds: float, workers: int) -> None:
     print(f"  {wall - total - waited:.1f} s starting, planning, hashing, tracking, reporting, between runs")
 
 
-def waiting(spans: list[tuple[str, str]], workers: int) -> float:
-    """Seconds of workers without a run while another one had one."""
-    events = sorted(
-        (datetime.fromisoformat(moment), change)
-        for begun, ended in spans
-        for moment, change in ((begun, 1), (ended, -1))
-    )
+def waiting(spans: list[tuple[str, str, float]], workers: int) -> float:
+    """Seconds of workers without a run while another one had one; (started, finished, preparation before) of each run.
+
+    Roughly, where the comparison was interrupted: a run's span then has the pause in it.
+    """
+    events = []
+    for started, finished, before in spans:
+        events += [(datetime.fromisoformat(started) - timedelta(seconds=before), 1)]
+        events += [(datetime.fromisoformat(finished), -1)]
     found, active = 0.0, 0
-    for (before, change), (after, _) in pairwise(events):
+    for (moment, change), (after, _) in pairwise(sorted(events)):
         active += change
-        found += (workers - active) * (after - before).total_seconds() * (active > 0)
+        found += max(0, workers - active) * (after - moment).total_seconds() * (active > 0)
     return found
 
 

@@ -86,7 +86,11 @@ class CurvatureEstimator(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """All that `update` has left behind, as tensors, so that resume equals uninterrupted."""
+        """All that `update` has left behind, as tensors, so that resume equals uninterrupted.
+
+        A large tensor given again as the same object is written again only where torch has counted a change: change
+        it by its own in-place operations, not through `.data` or numpy.
+        """
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

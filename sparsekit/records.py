@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -209,10 +209,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         save_file(copies, temporary, metadata=dict(metadata))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file; raises OSError or SafetensorError."""
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, or those of `names`; metadata) of a safetensors file; raises OSError or SafetensorError."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        wanted = file.keys() if names is None else names
+        return {name: file.get_tensor(name) for name in wanted}, dict(file.metadata() or {})
 
 
 def _check_kept(kept: Mapping[str, Tensor], space: ParameterSpace, source: str) -> None:
@@ -241,7 +242,8 @@ class RunDirectory:
         self.path = path
         # Beside the folder, so that --fresh can remove the folder while it holds the lock.
         self._lock_path = path.parent / ".locks" / f"{path.name}.lock"
-        self._part: Path | None = None  # of the checkpoint, with the large tensors as they were then
+        # The file of the checkpoint's large tensors, and these as they were then.
+        self._part: Path | None = None
         self._in_part: dict[str, tuple[weakref.ref[Tensor], int]] = {}
 
     @classmethod
@@ -332,8 +334,9 @@ class RunDirectory:
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Put all that resuming after `step` needs on disk; only then remove older checkpoints.
 
-        Large tensors go into a file of their own, which stays for as long as some of them are the same and unchanged:
-        what an estimator has learned outlasts many a step.
+        Large tensors go into a file of their own, which stays for as long as most of them are the same objects and
+        unchanged: what an estimator has learned outlasts many a step. A change is seen where torch counts it, not
+        through `.data`, numpy or a fused optimiser.
 
         Args:
             step: steps done; names the file.
@@ -341,30 +344,34 @@ class RunDirectory:
             meta: plain data; floats come back exactly, infinities too.
         """
         path = self.checkpoint_path / f"{step:05d}.safetensors"
-        apart = {name for name, tensor in tensors.items() if self._has(name, tensor)}
-        if not apart:
-            large = {name: tensor for name, tensor in tensors.items() if tensor.nbytes >= LARGE}
+        large = {name: tensor for name, tensor in tensors.items() if tensor.nbytes >= LARGE}
+        same = {name: tensor for name, tensor in large.items() if self._is_in_part(name, tensor)}
+        if 2 * sum(t.nbytes for t in same.values()) < sum(t.nbytes for t in large.values()):
             part = self.checkpoint_path / f"{uuid.uuid4().hex[:12]}.part"  # the one before belongs to its checkpoint
-            if large:
-                write_tensors(part, large, {"format": "pt"})
-            self._part, apart = part, set(large)
+            write_tensors(part, large, {"format": "pt"})
+            self._part, same = part, large
             self._in_part = {
                 name: (weakref.ref(tensor), tensor._version)
                 for name, tensor in large.items()
                 if not tensor.is_inference()  # does not count its changes
             }
-        where = [self._part.name, sorted(apart)] if self._part is not None and apart else None
-        rest = {name: tensor for name, tensor in tensors.items() if name not in apart}
-        write_tensors(path, rest, {"format": "pt", "meta": json.dumps(_plain(meta)), "part": json.dumps(where)})
+        elif not large:
+            self._forget_part()
+        part_of = {} if self._part is None else {"file": self._part.name, "names": sorted(same)}
+        rest = {name: tensor for name, tensor in tensors.items() if name not in same}
+        write_tensors(path, rest, {"format": "pt", "meta": json.dumps(_plain(meta)), "part": json.dumps(part_of)})
         with _reported("remove old checkpoints in", self.checkpoint_path):
             for other in self.checkpoint_path.iterdir():  # half-written ones of a killed process, too
                 if other not in (path, self._part) and other.suffix in {".safetensors", ".part", ".tmp"}:
                     other.unlink()
 
-    def _has(self, name: str, tensor: Tensor) -> bool:
+    def _is_in_part(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor is in the part on disk as it is now."""
         found, version = self._in_part.get(name, (lambda: None, 0))
         return found() is tensor and tensor._version == version
+
+    def _forget_part(self) -> None:
+        self._part, self._in_part = None, {}
 
     def load_checkpoint(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
         """(step, tensors, meta) of the newest whole checkpoint, or None where there is none.
@@ -377,9 +384,8 @@ class RunDirectory:
         for path in paths:
             try:
                 tensors, metadata = read_tensors(path)
-                if where := json.loads(metadata.get("part", "null")):
-                    part, _ = read_tensors(self.checkpoint_path / where[0])
-                    tensors |= {name: part[name] for name in where[1]}
+                if part := json.loads(metadata.get("part", "{}")):
+                    tensors |= read_tensors(self.checkpoint_path / part["file"], part["names"])[0]
                 return int(path.stem), tensors, json.loads(metadata["meta"])
             except (SafetensorError, FileNotFoundError, ValueError, KeyError):
                 continue  # cut short: the one before it is whole
@@ -391,10 +397,12 @@ class RunDirectory:
 
     def clear_checkpoints(self) -> None:
         """Remove all checkpoints."""
+        self._forget_part()
         self._remove(self.checkpoint_path)
 
     def discard(self) -> None:
         """Remove the run's folder and all that is in it."""
+        self._forget_part()
         self._remove(self.path)
 
     @staticmethod

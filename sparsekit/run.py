@@ -416,7 +416,8 @@ class _Driver:
         )
         if event.step.completes_level:
             self._write_result(pruner)
-        if event.step.index + 1 < len(self.plan):  # else the run is finished in a moment
+        is_last = event.step.index + 1 == len(self.plan)
+        if not is_last or sum(event.seconds.values()) > SAVE_EVERY:  # else sooner done again than written
             self._checkpoint(pruner)  # first the checkpoint, then the record that speaks of it
             self.directory.write(self.record)
         tracker.metrics(step_metrics(step, record.parameters["prunable"]), step=event.step.index)

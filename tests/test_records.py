@@ -379,6 +379,46 @@ def test_a_large_tensor_of_inference_mode_is_written_each_time(run):
     assert run.load_checkpoint()[1]["rows"][0] == 1
 
 
+def test_checkpoints_that_were_cleared_are_not_pointed_to(run, large):
+    run.save_checkpoint(1, {"rows": large}, {})
+    run.clear_checkpoints()
+    run.save_checkpoint(2, {"rows": large}, {})
+    assert torch.equal(run.load_checkpoint()[1]["rows"], large)
+
+
+def test_a_kill_between_part_and_checkpoint_leaves_the_one_before(run, large, monkeypatch):
+    run.save_checkpoint(1, {"rows": large}, {})
+    write = records.write_tensors
+
+    def killed(path, *rest):
+        if path.suffix == ".safetensors":
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    monkeypatch.setattr(records, "write_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.save_checkpoint(2, {"rows": large + 1}, {})
+    step, read, _ = run.load_checkpoint()
+    assert step == 1 and torch.equal(read["rows"], large)
+
+
+def test_another_process_removes_the_part_only_with_a_checkpoint_of_its_own(run, large):
+    run.save_checkpoint(1, {"rows": large}, {})
+    other = RunDirectory(run.path)
+    _, read, _ = other.load_checkpoint()
+    other.save_checkpoint(1, read, {})
+    assert len(parts(run)) == 1 and torch.equal(RunDirectory(run.path).load_checkpoint()[1]["rows"], large)
+
+
+def test_a_part_of_which_most_has_changed_is_made_anew(run, large):
+    more = torch.cat([large, large, large])
+    run.save_checkpoint(1, {"rows": large, "more": more}, {})
+    before = parts(run)
+    more += 1
+    run.save_checkpoint(2, {"rows": large, "more": more}, {})
+    assert len(parts(run)) == 1 and parts(run).keys() != before.keys()
+
+
 def test_a_part_that_is_not_whole_makes_its_checkpoint_so(run, large):
     run.save_checkpoint(1, {"rows": large}, {})
     for name in parts(run):

@@ -181,7 +181,7 @@ class DiagonalPlusLowRank(LinearOperator):
 
     @cached_property
     def _diagonal(self) -> Tensor:
-        """As dear as the factor, and asked for at every cut: by scores and by independent compensation."""
+        """`diagonal()`, kept: as dear as the factor, and asked for at every cut by scores and compensation."""
         out = torch.empty(self.size, dtype=self.dtype, device=self.device)
         eye = torch.eye(len(self.rows), dtype=torch.float64, device=self.device)
         inverse = torch.linalg.solve_triangular(self._factor, eye, upper=False).to(self.working)

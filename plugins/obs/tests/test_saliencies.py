@@ -198,6 +198,17 @@ def test_greedy_elimination_takes_no_pivot_that_is_not_positive(case):
         eliminate(sigma, torch.tensor([[1.0, 3.0]], dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("zeros", [1, 20, 64])
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_elimination_takes_no_weight_twice_where_pivots_are_zero(zeros, seed):
+    draw = torch.Generator().manual_seed(seed)
+    diagonal = torch.rand(2, 64, generator=draw, dtype=torch.float64) + 0.1
+    diagonal[1, torch.randperm(64, generator=draw)[:zeros]] = 0.0
+    weights, kept = torch.randn(2, 64, generator=draw, dtype=torch.float64), torch.ones(2, 64, dtype=torch.bool)
+    with pytest.raises(CurvatureError, match="1 of 2 blocks .* not positive definite"):
+        eliminate(torch.diag_embed(diagonal), weights, kept)
+
+
 @pytest.mark.parametrize("case", INDEFINITE)
 def test_a_group_whose_block_is_not_positive_definite_has_no_cost(case):
     sigma = torch.tensor([INDEFINITE[case]], dtype=torch.float64)

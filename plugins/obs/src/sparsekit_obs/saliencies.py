@@ -102,19 +102,21 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
             row, known = sigma[block, i][:, None], factor[:, :k]
             row = torch.baddbmm(row, known[block, :, i][:, None], known, alpha=-1)[:, 0]
             pivot = row[block, i]
-            smallest = torch.minimum(smallest, pivot)  # NaN stays
+            # NaN stays; where no cost is finite, what is taken already would be taken again
+            least_pivot = torch.where(left[block, i], torch.minimum(pivot, diagonal[block, i]), -1.0)
+            smallest = torch.minimum(smallest, least_pivot)
             weights -= (weights[block, i] / pivot)[:, None] * row
             factor[:, k] = row * pivot.rsqrt()[:, None]
             diagonal -= factor[:, k].square()
             left[block, i] = False
             diagonal[block, i] = 1.0  # what is taken must not divide by zero
+        _check_pivots(smallest)
         if first + panel < count:  # as many of each block are left: the rest is worked on by itself
             rest = left.nonzero()[:, 1].view(len(left), -1)
             factor = factor.gather(2, rest[:, None].expand(-1, panel, -1))
             sigma = sigma[block[:, None, None], rest[:, :, None], rest[:, None, :]]
             sigma.baddbmm_(factor.mT, factor, alpha=-1)
             weights, kept, left, place = (x.gather(1, rest) for x in (weights, kept, left, place))
-    _check_pivots(smallest)
     return costs
 
 
