@@ -1,7 +1,8 @@
 """What a run leaves on disk is whole, strict and read back as it was."""
 
 import json
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -473,25 +474,24 @@ def test_a_locked_run_is_refused_to_others(run, tmp_path):
         pass
 
 
-def _hold(root, held, done):
-    with RunDirectory.of(root, "digits", "obs", "0123456789abcdef").lock():
-        held.set()
-        done.wait(30)
+HOLD = """
+import sys
+from pathlib import Path
+from sparsekit.records import RunDirectory
+with RunDirectory(Path(sys.argv[1])).lock():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 @pytest.mark.slow  # a second interpreter imports torch
-def test_a_run_locked_by_another_process_is_refused(run, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    held, done = context.Event(), context.Event()
-    process = context.Process(target=_hold, args=(tmp_path / "runs", held, done))
-    process.start()
-    try:
-        assert held.wait(60)
+def test_a_run_locked_by_another_process_is_refused(run):
+    command = [sys.executable, "-c", HOLD, str(run.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
         with pytest.raises(RecordError, match="another process"), run.lock():
             pass
-    finally:
-        done.set()
-        process.join()
+        other.stdin.close()
 
 
 def test_the_lock_is_free_again_after_an_error(run):

@@ -1,6 +1,5 @@
 """MLflow shows what a run said, and its failures are not the run's."""
 
-import multiprocessing
 import os
 import sqlite3
 import subprocess
@@ -140,25 +139,13 @@ def test_a_folder_that_cannot_be_made_is_explained(tmp_path):
         initialise(default_uri(tmp_path / "file"))
 
 
-def _initialise(uri, results):
-    try:
-        initialise(uri)
-        results.put(None)
-    except BaseException as error:
-        results.put(repr(error))
-
-
 @pytest.mark.slow  # two interpreters import mlflow
 def test_two_processes_may_initialise_at_once(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=_initialise, args=(default_uri(tmp_path), results)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    outcomes = [results.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join()
-    assert outcomes == [None, None]
+    script = "import sys; from sparsekit.tracking import initialise; initialise(sys.argv[1])"
+    command = [sys.executable, "-c", script, default_uri(tmp_path)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
 
 
 # --- what is passed on
