@@ -96,7 +96,7 @@ def test_shapes_that_would_broadcast_are_refused(likelihood):
         (nn.L1Loss(), Unspecified),
         ("bernoulli", Bernoulli),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_torchs_losses_are_recognised(loss, kind):
     assert type(as_likelihood(loss)) is kind
