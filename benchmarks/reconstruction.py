@@ -27,7 +27,7 @@ import torch
 from jobs import job, spread
 
 from sparsekit import Mask, Objective, ParameterSpace
-from sparsekit.interfaces import ReconstructionSettings, measure
+from sparsekit.interfaces import ReconstructionSettings
 from sparsekit.provenance import peak_memory
 from sparsekit.pruner import Pruner, StepCompleted
 from sparsekit.reconstruction import Reconstruction
@@ -111,7 +111,6 @@ def one_cut(options: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     inverse = estimator.inverse()
     estimator.inverse = lambda: inverse
-    judged = list(dataset.batches(options.split, batch_size=100))
     steps = [dataclasses.replace(s, refresh=False) for s in plan(LEVELS, run.build("schedule"), independent=True)]
     saliency = run.build("saliency")
     saliency.score = _once(saliency.score)  # of the dense weights, in every row
@@ -131,7 +130,7 @@ def one_cut(options: argparse.Namespace) -> dict[str, Any]:
             compensation=run.settings.compensation.model_copy(update={"how": compensation}),
             steps=steps,
             calibration=lambda generator: batches,
-            measure=lambda network: measure(network, dataset.likelihood, judged),
+            measure=lambda network: dataset.measure(network, options.split),
             reconstruction=fitting,
             anchors=lambda generator, anchors=anchors: anchors,
         )
