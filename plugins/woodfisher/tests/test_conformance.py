@@ -1,3 +1,5 @@
+"""With its own defaults; what it is built on is checked in full in the core."""
+
 import pytest
 
 from sparsekit.testing import block_mask, damped, dense_fisher, estimator_checks
@@ -9,17 +11,9 @@ def blocks(objective, settings):
     return damped(dense_fisher(objective, settings.fisher) * block_mask(sizes), settings)
 
 
-SETTINGS = {
-    "chunks": {"store": "blocks"},
-    "chunks by rows": {"store": "rows", "block_size": 13},
-}
-CHECKS = [
-    pytest.param(run, id=f"{label}-{name}")
-    for label, settings in SETTINGS.items()
-    for name, run in estimator_checks(WoodFisher, settings, expected=blocks, solve_tolerance=1e-7)
-]
+CHECKS = estimator_checks(WoodFisher, problems=("convolution", "tied"), expected=blocks, solve_tolerance=1e-7)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", [pytest.param(run, id=name) for name, run in CHECKS])
 def test_conformance(check):
     check()
