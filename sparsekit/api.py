@@ -153,7 +153,7 @@ def prune(
         training_batches=sum(1 for _ in batches) if resolved.finetune.epochs else 0,
     )
     done = [event for event in pruner.run() if isinstance(event, StepCompleted)]
-    mask = pruner.state.mask or Mask.full(space.size)
+    mask = pruner.state.mask or Mask.full(space.size, device)
     return Pruned(model, space.unflatten(mask.kept), mask.sparsity, pruner.state.dense or {}, done, space.skipped)
 
 

@@ -226,7 +226,7 @@ class Reconstruction:
         Raises:
             DataError, ModelError, SettingsError: as the constructor, or a layer's statistics do not fit.
         """
-        made = cls(model, model, space, Mask.full(space.size), batches, settings)
+        made = cls(model, model, space, Mask.full(space.size, next(model.parameters()).device), batches, settings)
         needed, layer = max(((layer.memory, layer.name) for layer in made._layers), default=(0, ""))
         if needed > available:
             raise SettingsError(

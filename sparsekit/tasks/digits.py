@@ -65,7 +65,7 @@ class Digits(Task):
             self.likelihood,
             lambda: batches,
             space,
-            Mask.full(space.size),
+            Mask.full(space.size, next(model.parameters()).device),
             RECIPE,
             batches_per_epoch=-(-TRAINING // RECIPE.batch_size),
             progress=self.progress,

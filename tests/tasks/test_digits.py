@@ -151,3 +151,10 @@ def test_data_directory_is_refused(tmp_path):
 def test_network_needs_no_data(monkeypatch):
     monkeypatch.setattr(Digits, "_arrays", property(lambda _: pytest.fail("data were read")))
     assert not torch.equal(task().network().conv1.weight, task(seed=1).network().conv1.weight)
+
+
+def test_the_mask_of_training_lies_where_the_network_does(monkeypatch):
+    seen = []
+    monkeypatch.setattr(digits, "finetune", lambda *given, **how: seen.append(given[4].kept.device.type))
+    task()._train(task().network().to("meta"))
+    assert seen == ["meta"]
