@@ -487,16 +487,21 @@ def measure(model: nn.Module, likelihood: Likelihood, batches: Iterable[Batch]) 
         DataError, ModelError: a batch is no pair of tensors, or the model's output is none.
     """
     device = next(model.parameters()).device
-    loss, right, count, has_accuracy = 0.0, 0.0, 0, True
+    loss, right, count, judged, has_accuracy = 0.0, 0.0, 0.0, 0.0, True
     with as_found(model), torch.no_grad():
         for inputs, targets in pairs(batches, device):
             output = model(inputs)
-            loss += float(likelihood.losses(output, targets).double().sum())
+            share, counted = likelihood.share(targets), likelihood.counted(targets)
+            scale = 1.0 if share is None else share / len(targets)
+            loss += scale * float(likelihood.losses(output, targets).double().sum())
+            count += scale * len(targets)
             accuracy = likelihood.accuracy(output, targets)
             has_accuracy = accuracy is not None
-            right += float(accuracy.sum()) if accuracy is not None else 0.0
-            count += len(targets)
-    figures = {"loss": loss / max(count, 1)}
+            if accuracy is not None:
+                scale = 1.0 if counted is None else float(counted.double().mean())
+                right += scale * float(accuracy.sum())
+                judged += scale * len(targets)
+    figures = {"loss": loss / (count or 1)}
     if has_accuracy:
-        figures["accuracy"] = right / max(count, 1)
+        figures["accuracy"] = right / (judged or 1)
     return figures

@@ -121,6 +121,23 @@ class Objective:
         """The batches, moved to the model's device; a DataError where one is no pair of tensors, see `pairs`."""
         yield from pairs(self.batches, self.device)
 
+    def scale(self, targets: Tensor) -> float:
+        """How much an example of this batch counts beside those of others, 1 where all do alike."""
+        share = self.likelihood.share(targets)
+        return 1.0 if share is None else share / len(targets)
+
+    def mean_scale(self) -> float:
+        """The mean of `scale` over the examples, by a pass over the targets.
+
+        Raises:
+            DataError: no target counts.
+        """
+        total, count = 0.0, 0
+        for _, targets in pairs(self.batches):
+            total += self.scale(targets) * len(targets)
+            count += len(targets)
+        return counting(total / some(count))
+
     def check(self) -> None:
         """One batch through the model and the loss, so that what cannot be used is refused before any work.
 
@@ -130,7 +147,9 @@ class Objective:
         """
         with as_found(self.model), torch.no_grad():
             for inputs, targets in self.on_device():
-                losses = self.likelihood.losses(self.model(inputs), targets)
+                output = self.model(inputs)
+                self.likelihood.check(output, targets)
+                losses = self.likelihood.losses(output, targets)
                 if not bool(losses.isfinite().all()):
                     raise CurvatureError(
                         "the loss is not finite at the weights given; check the data, the loss and the checkpoint"
@@ -143,31 +162,33 @@ class Objective:
 
     def loss(self) -> float:
         """L(w) at the model's present weights."""
-        total, count = 0.0, 0
+        total, count, examples = 0.0, 0.0, 0
         with as_found(self.model), torch.no_grad():
             for inputs, targets in self.on_device():
-                losses = self.likelihood.losses(self.model(inputs), targets)
-                total += float(losses.double().sum())
-                count += len(losses)
-        return finite_loss(total / some(count))
+                losses, scale = self.likelihood.losses(self.model(inputs), targets), self.scale(targets)
+                total += scale * float(losses.double().sum())
+                count += scale * len(losses)
+                examples += len(losses)
+        some(examples)
+        return finite_loss(total / counting(count))
 
     def gradient(self) -> Tensor:
         """∇L(w), (n,)."""
-        total, count = None, 0
+        total, count = None, 0.0
         with as_found(self.model), torch.enable_grad():
             tensors = self.space.tensors(self.model)
             for parameter in tensors.values():
                 parameter.requires_grad_(True)
             for inputs, targets in self.on_device():
-                losses = self.likelihood.losses(self.model(inputs), targets)
-                gradients = torch.autograd.grad(losses.sum(), list(tensors.values()), materialize_grads=True)
+                losses, scale = self.likelihood.losses(self.model(inputs), targets), self.scale(targets)
+                gradients = torch.autograd.grad(scale * losses.sum(), list(tensors.values()), materialize_grads=True)
                 flat = self.space.flatten(dict(zip(tensors, gradients, strict=True)))
                 total = flat if total is None else total + flat
-                count += len(losses)
+                count += scale * len(losses)
         if total is None:
-            some(count)
+            some(0)
             raise AssertionError
-        return total / count
+        return total / counting(count)
 
 
 def some(count: int) -> int:
@@ -175,6 +196,13 @@ def some(count: int) -> int:
     if count == 0:
         raise DataError("the data gave no batch; at least one batch of (inputs, targets) is needed")
     return count
+
+
+def counting(total: float) -> float:
+    """The weight of all targets, which must not be zero."""
+    if not total > 1e-9:
+        raise DataError("none of the data's targets counts: all are ignored, or of classes of weight zero")
+    return total
 
 
 def finite_loss(value: float) -> float:

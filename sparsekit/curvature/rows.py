@@ -58,11 +58,12 @@ def gradient_rows(
             for parameter in layer.module.parameters(recurse=False):
                 parameter.requires_grad_(True)
         functional = _others(space, hooked)
-        checked = False
+        checked, mean = False, objective.mean_scale()
         for inputs, given in objective.on_device():
             with record_uses(hooked), torch.enable_grad():
                 output = model(inputs)
-            vectors = _output_vectors(likelihood, output, given, fisher, generator)
+            scale = (objective.scale(given) / mean) ** 0.5
+            vectors = _output_vectors(likelihood, output, given, fisher, generator, scale)
             for index, vector in enumerate(vectors):
                 rows = vector.new_zeros(len(vector), space.size)
                 gradients = space.unflatten_rows(rows)
@@ -98,20 +99,34 @@ def _check_finite(rows: Tensor, gradients: Mapping[str, Tensor]) -> None:
 
 
 def _output_vectors(
-    likelihood: Likelihood, output: Tensor, targets: Tensor, fisher: FisherKind, generator: torch.Generator | None
+    likelihood: Likelihood,
+    output: Tensor,
+    targets: Tensor,
+    fisher: FisherKind,
+    generator: torch.Generator | None,
+    scale: float = 1.0,
 ) -> list[Tensor]:
-    """What is propagated back: vectors v, shaped like `output`, with E Σ v vᵀ = Λ (or its empirical stand-in)."""
-    if fisher in ("importance", "exact"):
-        scale = likelihood.score_scale(likelihood.positions(output))
-        if fisher == "exact":
-            return [column * scale for column in likelihood.root_columns(output)]
-        return [likelihood.drawn_root(output, _needed(generator)) * scale]
+    """What is propagated back: vectors v, shaped like `output`, with E Σ v vᵀ = Λ (or its empirical stand-in).
+
+    With Λ the curvature of the examples' losses times scale².
+    """
+    with torch.no_grad():
+        weights = likelihood.position_weights(output, targets)
+    root: float | Tensor = likelihood.score_scale(likelihood.positions(output)) if weights is None else weights.sqrt()
+    if fisher == "exact":
+        return [column * root * scale for column in likelihood.root_columns(output)]
+    if fisher == "importance":
+        return [likelihood.drawn_root(output, _needed(generator)) * root * scale]
     if fisher == "sampled":
-        targets = likelihood.sample(output.detach(), _needed(generator))
+        targets, likelihood = likelihood.sample(output.detach(), _needed(generator)), likelihood.of_own_labels()
     leaf = output.detach().requires_grad_(True)
     with torch.enable_grad():
-        score = likelihood.score(leaf, targets).sum()
-    return list(torch.autograd.grad(score, leaf))
+        if weights is None:
+            score = likelihood.score(leaf, targets).sum()
+        else:
+            score = likelihood.elementwise(leaf, targets).sum()
+    (vector,) = torch.autograd.grad(score, leaf)
+    return [vector * scale if weights is None else vector * root * scale]
 
 
 def _needed(generator: torch.Generator | None) -> torch.Generator:
