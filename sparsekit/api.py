@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparsekit.errors import DataError, SettingsError
+from sparsekit.errors import DataError, ModelError, SettingsError
 from sparsekit.interfaces import ReconstructionSettings, measure
 from sparsekit.likelihoods import Likelihood, Loss, as_likelihood
 from sparsekit.objective import Batch, Objective, pairs
@@ -44,6 +46,14 @@ class Pruned:
     skipped: Mapping[str, str]
 
 
+@contextmanager
+def _own_precision() -> Iterator[None]:
+    """No autocast but what the model does itself: its cache would keep weights that have been changed since."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@_own_precision()
 @torch.inference_mode(False)  # gradients are taken here, whatever the caller has switched off
 def prune(
     model: nn.Module,
@@ -115,8 +125,9 @@ def prune(
     }
     resolved = resolve(raw, load_registry())
     likelihood = as_likelihood(loss)
-    model = model if inplace else deepcopy(model)
+    _check_supported(model)
     space = ParameterSpace.of(model, include=include, exclude=exclude)
+    model = model if inplace else _copied(model)
     device = next(model.parameters()).device
     resolved.classes["estimator"].check(model, space, resolved.options["estimator"], available_memory(device))
     batches: Iterable[Batch] = list(data) if isinstance(data, Iterator) else data
@@ -143,7 +154,7 @@ def prune(
             substeps=substeps,
             finetune=resolved.finetune.epochs > 0,
         ),
-        calibration=lambda generator: _examples(batches, options.examples, options.batch_size, options.fitting),
+        calibration=lambda generator: _calibration(batches, options),
         reconstruction=how,
         anchors=lambda generator: _anchors(batches, how),
         measure=judge if callable(judge) else (lambda model: measure(model, likelihood, judge)),
@@ -157,9 +168,54 @@ def prune(
     return Pruned(model, space.unflatten(mask.kept), mask.sparsity, pruner.state.dense or {}, done, space.skipped)
 
 
+def _check_supported(model: nn.Module) -> None:
+    """Refuse kinds of modules whose gradients by example cannot be had.
+
+    Raises:
+        ModelError: with what to give instead.
+    """
+    if not any(True for _ in model.parameters()):
+        raise ModelError(f"the model {type(model).__name__} has no parameters")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ModelError(f"the model is wrapped in {type(model).__name__}; give the module inside: model.module")
+    for name, module in model.named_modules():
+        what = f"the layer '{name}'" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"{what} is a ScriptModule, which gives no gradients by example; give the module it is of")
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ModelError(f"{what} normalises by its batch; a batch norm with running statistics was needed")
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise ModelError(f"{what} has sparse gradients; set its `sparse` to False, which changes no output")
+    absent = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
+    if absent is not None:
+        raise ModelError(f"the parameter '{absent}' is on the meta device and has no values; load the weights first")
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return deepcopy(model)
+    except RuntimeError as error:
+        raise ModelError(
+            f"the model {type(model).__name__} cannot be copied ({str(error).splitlines()[0]}): a module keeps a "
+            "tensor of an earlier pass; delete it, or give inplace=True"
+        ) from None
+
+
+def _calibration(batches: Iterable[Batch], options: Any) -> list[Batch]:
+    """The estimator's examples; where nobody said how many, as many as there are, up to its default."""
+    asked = "examples" in options.model_fields_set
+    return _examples(batches, options.examples, options.batch_size, options.fitting, fewer=not asked)
+
+
 def _anchors(batches: Iterable[Batch], how: ReconstructionSettings) -> list[Batch]:
     return _examples(
-        batches, how.examples, how.batch_size, lambda available: available, "reconstruction", "reconstruct"
+        batches,
+        how.examples,
+        how.batch_size,
+        lambda available: available,
+        "reconstruction",
+        "reconstruct",
+        fewer="examples" not in how.model_fields_set,
     )
 
 
@@ -170,8 +226,10 @@ def _examples(
     fitting: Callable[[int], int],
     what: str = "the estimator",
     argument: str = "estimator",
+    *,
+    fewer: bool = False,
 ) -> list[Batch]:
-    """The first `examples` of the batches, cut anew into batches of `batch_size`."""
+    """The first `examples` of the batches, or `fewer` where they are no more, cut anew into batches of `batch_size`."""
     taken: list[Batch] = []
     count = 0
     for inputs, targets in pairs(batches):
@@ -179,7 +237,7 @@ def _examples(
         count += len(taken[-1][1])
         if count == examples:
             break
-    if count < examples:
+    if count < examples and not (fewer and count):
         most = fitting(count)
         key = "how" if argument == "reconstruct" else "name"
         raise DataError(

@@ -29,7 +29,8 @@ def finetune(
     """Train all of the model's parameters in place; removed weights stay zero.
 
     The mask is applied again after every optimiser step and the momentum of removed weights cleared, so that
-    neither weight decay nor momentum brings one back. Batch norm runs in training mode.
+    neither weight decay nor momentum brings one back. Batch norm runs in training mode, unless the model was found in
+    training mode and the layer in evaluation mode: then it is frozen on purpose, and stays so.
 
     Args:
         model: trained in place, left in its own mode.
@@ -63,7 +64,10 @@ def finetune(
     tensors = space.tensors(model)
     gone = {name: mask.removed[space[name].slice].view(p.shape) for name, p in tensors.items()}
     modes = {module: module.training for module in model.modules()}
+    frozen = [module for module, training in modes.items() if modes[model] and not training]
     model.train()
+    for module in frozen:
+        module.train(False)
     taken = 0
     try:
         with tensor_outputs(model), torch.enable_grad():  # whatever the caller has switched off

@@ -71,7 +71,7 @@ def tensor_outputs(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode inside; modes, `requires_grad` and gradients as they were found afterwards.
+    """Evaluation mode inside; modes, buffers, `requires_grad` and gradients as they were found afterwards.
 
     Per-example gradients are not defined under batch statistics, and dropout would make them another
     function's; so curvature is always that of the network in evaluation mode. Outputs that are not tensors are
@@ -79,11 +79,18 @@ def as_found(model: nn.Module) -> Iterator[nn.Module]:
     """
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    owned = [(module, name, buffer) for module in modes for name, buffer in module._buffers.items()]
     model.eval()
     try:
         with tensor_outputs(model):
             yield model
     finally:
+        with torch.no_grad():
+            for buffer, before in buffers:  # such as a counter of calls, set in place or anew
+                buffer.copy_(before)
+            for module, name, buffer in owned:
+                module._buffers[name] = buffer
         for module, training in modes.items():
             module.training = training
         for parameter, flag in flags.items():
@@ -147,8 +154,13 @@ class Objective:
         """
         with as_found(self.model), torch.no_grad():
             for inputs, targets in self.on_device():
+                if inputs.is_floating_point() and inputs.dtype.itemsize > self.dtype.itemsize:
+                    raise DataError(
+                        f"the data's inputs are {inputs.dtype}, the model {self.dtype}; convert one of them"
+                    )
                 output = self.model(inputs)
                 self.likelihood.check(output, targets)
+                _check_examples_stand_alone(self.model, inputs, output)
                 losses = self.likelihood.losses(output, targets)
                 if not bool(losses.isfinite().all()):
                     raise CurvatureError(
@@ -189,6 +201,34 @@ class Objective:
             some(0)
             raise AssertionError
         return total / counting(count)
+
+
+def _check_examples_stand_alone(model: nn.Module, inputs: Tensor, output: Tensor) -> None:
+    """Refuse a model that gives an example another output in a batch than alone: it has no loss by example.
+
+    Raises:
+        ModelError: the first example's outputs differ by more than rounding, and not from one call to the next.
+    """
+    if len(inputs) < 2:
+        return
+    alone, first = model(inputs[:1]).detach().double(), output[:1].detach().double()
+    if alone.shape != first.shape:
+        raise ModelError(
+            f"the model gives outputs {tuple(output.shape)} for {len(inputs)} examples, {tuple(alone.shape)} for one; "
+            "a row an example was needed"
+        )
+    tolerance = 100 * torch.finfo(output.dtype).eps ** 0.75  # 1e-3 of the largest output in float32, 4e-1 in bfloat16
+    scale = float(output.detach().double().abs().max())
+    if float((alone - first).abs().max()) <= tolerance * scale or not math.isfinite(scale):
+        return
+    again = model(inputs).detach().double()[:1]
+    if float((again - first).abs().max()) > tolerance * scale:  # random in evaluation mode: another matter
+        return
+    raise ModelError(
+        f"the model {type(model).__name__} gives an example another output in a batch than alone (differences of up to "
+        f"{float((alone - first).abs().max()) / max(scale, 1e-300):.1e} of the largest output): its loss is no mean "
+        "over examples, and has no curvature by example; take out what mixes them, such as a mean over the batch"
+    )
 
 
 def some(count: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import prod
@@ -10,6 +10,11 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from sparsekit.errors import ModelError
 
@@ -82,25 +87,36 @@ class ParameterSpace:
 
         Args:
             model: any module; a parameter used in several places (tied) counts once, under its first name.
-            include: shell patterns on parameter names (`layer3.*`); without it, every floating-point
-                parameter of two or more dimensions that is not frozen: weights, not biases or normalisation.
-            exclude: shell patterns that win over `include`.
+            include: names of parameters, or shell patterns on them (`layer3.*`); without it, every floating-point
+                parameter of two or more dimensions that is not frozen, has `weight` or `kernel` in its name and
+                belongs to no normalisation: what layers multiply with, not biases, scales, tokens or tables.
+            exclude: the same; they win over `include`.
 
         Raises:
-            ModelError: nothing is left to prune, or a pattern matches no parameter.
+            ModelError: nothing is left to prune, a pattern matches no parameter, or a weight is computed from others
+                at each call (weight_norm, spectral_norm, parametrizations, torch.nn.utils.prune).
         """
         named = dict(model.named_parameters())
+        lazy = [name for name, tensor in named.items() if is_lazy(tensor)]
+        if lazy:
+            raise ModelError(f"the parameter '{lazy[0]}' has no shape yet; run one batch through the model first")
+        normalised = {
+            f"{name}.{own}" if name else own
+            for name, module in model.named_modules()
+            if isinstance(module, NORMALISATION)
+            for own, _ in module.named_parameters(recurse=False)
+        }
         include = None if include is None else tuple(include)
         exclude = tuple(exclude)
         for pattern in (*(include or ()), *exclude):
-            if not any(fnmatchcase(name, pattern) for name in named):
+            if not any(_matches(name, pattern) for name in named):
                 raise ModelError(
                     f"the pattern '{pattern}' matches no parameter; "
                     f"the model has: {', '.join(named) or 'no parameters'}"
                 )
         shapes, skipped = {}, {}
         for name, tensor in named.items():
-            reason = _why_skipped(name, tensor, include, exclude)
+            reason = _why_skipped(name, tensor, include, exclude, name in normalised)
             if reason is None:
                 shapes[name] = tuple(tensor.shape)
             else:
@@ -108,6 +124,14 @@ class ParameterSpace:
         if not shapes:
             reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "it has no parameters"
             raise ModelError(f"the model has no prunable parameter ({reasons}); include some by name")
+        for prefix, advice in _computed(model):
+            asked = (name for name in named if include is None or name in shapes)
+            found = next((n for n in asked if n.startswith(prefix) and skipped.get(n) != EXCLUDED), None)
+            if found is not None:
+                raise ModelError(
+                    f"'{found}' is what a weight is computed from at each call, so that zeros in it are none in the "
+                    f"weight: {advice} first, or exclude it"
+                )
         owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in shapes}
         return cls(shapes, skipped=skipped, total=sum(t.numel() for t in named.values()), owners=owners)
 
@@ -188,16 +212,55 @@ class ParameterSpace:
             parameter.copy_(parts[name])
 
 
-def _why_skipped(name: str, tensor: Tensor, include: tuple[str, ...] | None, exclude: tuple[str, ...]) -> str | None:
-    if any(fnmatchcase(name, pattern) for pattern in exclude):
-        return "excluded by name"
-    if not tensor.is_floating_point():
-        return f"not floating point ({tensor.dtype})"
+def _matches(name: str, pattern: str) -> bool:
+    """Whether it is the name itself, whatever brackets it has, or a shell pattern of it."""
+    return name == pattern or fnmatchcase(name, pattern)
+
+
+def _why_skipped(
+    name: str, tensor: Tensor, include: tuple[str, ...] | None, exclude: tuple[str, ...], normalisation: bool
+) -> str | None:
+    multiplied = any(word in name.rpartition(".")[2].lower() for word in MULTIPLIED)
+    reasons = {
+        EXCLUDED: any(_matches(name, pattern) for pattern in exclude),
+        f"not floating point ({tensor.dtype})": not tensor.is_floating_point(),
+        "it has no entries": not tensor.numel(),
+    }
     if include is not None:
-        return None if any(fnmatchcase(name, pattern) for pattern in include) else "not included by name"
-    if not tensor.requires_grad:
-        return "frozen (requires_grad=False)"
-    return None if tensor.dim() >= 2 else "fewer than two dimensions (bias or normalisation)"
+        reasons["not included by name"] = not any(_matches(name, pattern) for pattern in include)
+    else:
+        reasons |= {
+            "frozen (requires_grad=False)": not tensor.requires_grad,
+            "fewer than two dimensions (bias or normalisation)": tensor.dim() < 2,
+            "normalisation": normalisation,
+            "no layer's weight by its name (a scale, a token or a table); include it to prune it": not multiplied,
+        }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+#: Why a parameter is left alone that `exclude` names.
+EXCLUDED = "excluded by name"
+
+#: Modules whose parameters scale what passes, whatever their shape.
+NORMALISATION = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+
+#: What the own name of a parameter has in it that a layer multiplies its inputs with.
+MULTIPLIED = ("weight", "kernel")
+
+
+def _computed(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Beginnings of the names of parameters that weights are computed from, and what undoes it."""
+    for name, module in model.named_modules():
+        own = f"{name}." if name else ""
+        if parametrize.is_parametrized(module):
+            yield f"{own}parametrizations.", "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                yield f"{own}{hook._tensor_name}_orig", "call torch.nn.utils.prune.remove(layer, 'weight')"
+            elif isinstance(hook, WeightNorm):
+                yield f"{own}{hook.name}_", "call torch.nn.utils.remove_weight_norm(layer)"
+            elif isinstance(hook, SpectralNorm):
+                yield f"{own}{hook.name}_orig", "call torch.nn.utils.remove_spectral_norm(layer)"
 
 
 @dataclass(frozen=True, eq=False)

@@ -110,14 +110,14 @@ def planned(resolved: ResolvedRun) -> list[Step]:
 
 
 def check_examples(resolved: ResolvedRun, task: Task) -> None:
-    """Refuse what asks for more training examples than there are.
+    """Refuse what asks for more training examples than there are; where nobody asked, what there is will do.
 
     Raises:
         DataError: with the number that would do.
     """
     available, given = task.size("train"), resolved.options["estimator"]
     assert isinstance(given, EstimatorSettings)
-    if given.examples > available:
+    if given.examples > available and "examples" in given.model_fields_set:
         most, name = given.fitting(available), resolved.classes["estimator"].name
         raise DataError(
             f"the estimator '{name}' needs {given.examples} calibration examples, the task '{task.name}' has "
@@ -125,7 +125,7 @@ def check_examples(resolved: ResolvedRun, task: Task) -> None:
             + (f"set estimator.examples={most}, the most that will do" if most else "its other settings allow no fewer")
         )
     anchors = resolved.settings.reconstruction
-    if anchors.how != "none" and anchors.examples > available:
+    if anchors.how != "none" and anchors.examples > available and "examples" in anchors.model_fields_set:
         raise DataError(
             f"reconstruction needs {anchors.examples} training examples, the task '{task.name}' has {available}; set "
             f"reconstruction.examples={available} or less"

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sparsekit
-from sparsekit.errors import CurvatureError, DataError, ModelError, SettingsError
+from sparsekit.errors import CurvatureError, DataError, ModelError, SettingsError, SparsekitError
 
 FISHLEG = {"name": "fishleg", "examples": 64, "batch_size": 16}
 
@@ -81,7 +81,7 @@ def test_names_choose_parameters(model, data):
 
 def test_too_little_data(model, data):
     with pytest.raises(DataError, match="needs 1024 calibration examples, the data has 96"):
-        sparsekit.prune(model, data, loss="categorical", sparsity=0.5)
+        sparsekit.prune(model, data, loss="categorical", estimator={"name": "fishleg", "examples": 1024})
 
 
 def test_too_little_data_for_rows_of_several_examples(model, data):
@@ -93,7 +93,7 @@ def test_too_little_data_for_rows_of_several_examples(model, data):
 
 
 def test_a_model_without_prunable_parameters(data):
-    with pytest.raises(ModelError, match="no prunable parameter"):
+    with pytest.raises(ModelError, match="has no parameters"):
         sparsekit.prune(nn.ReLU(), data, loss="categorical", estimator=FISHLEG)
 
 
@@ -179,7 +179,7 @@ def test_what_reconstruction_cannot_do_is_said_before_the_model_is_touched(model
     before = deepcopy(model.state_dict())
     given = {"loss": "categorical", "estimator": FISHLEG, "inplace": True}
     with pytest.raises(DataError, match="reconstruction needs 1024 .*set reconstruct="):
-        sparsekit.prune(model, data, **given, reconstruct="layerwise")
+        sparsekit.prune(model, data, **given, reconstruct={"how": "layerwise", "examples": 1024})
     with pytest.raises(SettingsError, match="without ridge has 6 equations for 7 unknowns"):
         sparsekit.prune(model, data, **given, reconstruct={"how": "layerwise", "examples": 6, "ridge": 0})
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -201,3 +201,88 @@ def test_the_weighting_takes_the_estimators_kind_of_fisher(model, data):
     given = {"estimator": {"name": "diagonal", "examples": 64, "fisher": "empirical"}, "sparsity": 0.5}
     done = sparsekit.prune(model, data, loss=loss, **given, reconstruct={"how": "fisher", "examples": 96})
     assert len(done.steps[0].reconstruction.layers) == 2
+
+
+class Casts(nn.Module):
+    """Casts inside, as users of autocast have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, 3)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.layer(x)
+
+
+def some_data(examples=64):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(examples, 12, generator=generator)
+    return [(x, torch.randint(3, (examples,), generator=generator))]
+
+
+def test_autocast_inside_the_model_works():
+    pruned = sparsekit.prune(Casts(), some_data(), loss="categorical", estimator="obs", sparsity=0.5)
+    assert pruned.sparsity == 0.5
+
+
+def test_autocast_around_the_call_changes_nothing():
+    model = nn.Linear(12, 3)
+    plain = sparsekit.prune(model, some_data(), loss="categorical", estimator="obs")
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = sparsekit.prune(model, some_data(), loss="categorical", estimator="obs")
+    assert inside.steps[-1].pruned == plain.steps[-1].pruned != plain.dense
+
+
+class Keeps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, 3)
+
+    def forward(self, x):
+        self.kept = self.layer(x)
+        return self.kept
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        from torch.utils.checkpoint import checkpoint
+
+        return self.second(checkpoint(self.first, torch.tanh(self.first(x)), use_reentrant=True))
+
+
+def kept():
+    model = Keeps()
+    model(torch.zeros(2, 12))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: nn.DataParallel(nn.Linear(12, 3)), "give the module inside: model.module"),
+        (lambda: nn.Linear(12, 3, device="meta"), "is on the meta device and has no values"),
+        (lambda: nn.Sequential(nn.Embedding(3, 3, sparse=True)), "set its `sparse` to False"),
+        (lambda: nn.Sequential(nn.Linear(12, 3), nn.BatchNorm1d(3, track_running_stats=False)), "running statistics"),
+        (kept, "cannot be copied"),
+        (Checkpointed, "use_reentrant=False"),
+        (lambda: nn.Linear(12, 3).half(), "convert one"),
+        (lambda: nn.ReLU(), "has no parameters"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_models_that_cannot_be_pruned_are_refused(model, message):
+    with pytest.raises(SparsekitError, match=message):
+        sparsekit.prune(model(), some_data(), loss="categorical", estimator="obs")
+
+
+def test_as_many_examples_as_there_are_where_nobody_said_how_many():
+    pruned = sparsekit.prune(nn.Linear(12, 3), some_data(100), loss="categorical", estimator="obs")
+    assert pruned.steps[-1].curvature["examples"] == 100
+    with pytest.raises(SparsekitError, match="needs 101 calibration examples"):
+        estimator = {"name": "obs", "examples": 101}
+        sparsekit.prune(nn.Linear(12, 3), some_data(100), loss="categorical", estimator=estimator)

@@ -75,3 +75,21 @@ def test_the_callers_mode_of_gradients_does_not_matter(problem):
     _, _, space = problem
     with torch.no_grad():
         assert train(problem, Mask.full(space.size)) == 30
+
+
+def test_a_norm_in_evaluation_mode_inside_a_model_in_training_mode_stays_frozen():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)).train()
+    model[1].eval()
+    space = ParameterSpace.of(model)
+    data = [(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(8).long())]
+    finetune(
+        model,
+        Categorical(),
+        lambda: data,
+        space,
+        Mask.full(space.size),
+        FinetuneSettings(epochs=1),
+        batches_per_epoch=1,
+    )
+    assert not model[1].training and float(model[1].running_mean.abs().max()) == 0
+    assert float(model[2].running_mean.abs().max()) > 0

@@ -1,5 +1,10 @@
+import warnings
+
 import pytest
+import torch
+import torchvision
 from torch import nn
+from torch.nn.utils import prune
 
 from sparsekit.errors import ModelError
 from sparsekit.parameters import ParameterSpace
@@ -26,3 +31,62 @@ def test_a_frozen_parameter_is_pruned_where_it_is_included_by_name(model):
 def test_a_model_that_is_all_frozen_is_refused_with_the_reason(model):
     with pytest.raises(ModelError, match=r"0.weight: frozen \(requires_grad=False\).*include some by name"):
         ParameterSpace.of(model.requires_grad_(False))
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "vit_b_16", "swin_t"])
+def test_scales_tokens_and_tables_are_no_weights(name):
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)(weights=None)
+    space = ParameterSpace.of(model)
+    odd = ("layer_scale", "class_token", "pos_embedding", "relative_position_bias_table")
+    assert not [weight for weight in space.names if weight.endswith(odd)]
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    attention = [m.in_proj_weight for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    assert space.size == sum(layer.weight.numel() for layer in layers) + sum(w.numel() for w in attention)
+
+
+def old(norm):
+    """Torch's former norms, which warn that they are."""
+
+    def made(layer):
+        with pytest.warns(FutureWarning):
+            return norm(layer)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        (nn.utils.parametrizations.weight_norm, "remove_parametrizations"),
+        (nn.utils.parametrizations.orthogonal, "remove_parametrizations"),
+        (nn.utils.parametrizations.spectral_norm, "remove_parametrizations"),
+        (old(nn.utils.weight_norm), "remove_weight_norm"),
+        (nn.utils.spectral_norm, "remove_spectral_norm"),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), r"prune\.remove"),
+    ],
+    ids=["weight_norm", "orthogonal", "spectral_norm", "old weight_norm", "old spectral_norm", "prune"],
+)
+def test_weights_that_are_computed_at_each_call_are_refused(change, advice):
+    model = nn.Sequential(change(nn.Linear(4, 4)), nn.Linear(4, 2))
+    with pytest.raises(ModelError, match=f"{advice}.* first, or exclude it"):
+        ParameterSpace.of(model)
+    assert ParameterSpace.of(model, include=["1.weight"]).names == ("1.weight",)
+
+
+def test_a_name_with_brackets_is_the_name_itself():
+    model = nn.Module()
+    model.add_module("a[0]", nn.Linear(2, 2))
+    assert ParameterSpace.of(model, include=["a[0].weight"]).names == ("a[0].weight",)
+
+
+def test_a_parameter_without_entries_is_skipped():
+    model = nn.Linear(2, 2)
+    model.weight_of_none = nn.Parameter(torch.zeros(0, 5))
+    assert ParameterSpace.of(model).skipped["weight_of_none"] == "it has no entries"
+
+
+def test_a_lazy_layer_is_refused():
+    with pytest.raises(ModelError, match="run one batch through the model first"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ParameterSpace.of(nn.LazyLinear(3))

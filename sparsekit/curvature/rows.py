@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.grad import conv2d_weight
 
-from sparsekit.errors import CurvatureError
+from sparsekit.errors import CurvatureError, ModelError
 from sparsekit.likelihoods import Likelihood
 from sparsekit.objective import Objective, as_found
 from sparsekit.parameters import ParameterSpace
@@ -61,7 +61,7 @@ def gradient_rows(
         checked, mean = False, objective.mean_scale()
         for inputs, given in objective.on_device():
             with record_uses(hooked), torch.enable_grad():
-                output = model(inputs)
+                output = model(inputs).to(objective.dtype)  # of half precision where the model casts inside
             scale = (objective.scale(given) / mean) ** 0.5
             vectors = _output_vectors(likelihood, output, given, fisher, generator, scale)
             for index, vector in enumerate(vectors):
@@ -338,9 +338,17 @@ def _add_hooked_gradients(
     uses = [(layer, a, edge) for layer in layers for a, edge in layer.uses if edge is not None]
     if not uses:
         return
-    found: Sequence[Tensor | None] = torch.autograd.grad(
-        output, [z for _, _, z in uses], vector, retain_graph=retain, allow_unused=True
-    )
+    try:
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            output, [z for _, _, z in uses], vector, retain_graph=retain, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ModelError(
+            "the model uses reentrant checkpointing, through which no single gradient can be taken; call checkpoint "
+            "with use_reentrant=False"
+        ) from None
     for (layer, a, _), d in zip(uses, found, strict=True):
         if d is None:  # the output does not depend on this call
             continue
@@ -349,10 +357,12 @@ def _add_hooked_gradients(
                 f"the layer of '{layer.names[0]}' was called with a batch of {len(a)} for {len(vector)} examples, "
                 "though with as many as examples before; exclude its parameters"
             )
+        dtype = next(layer.module.parameters()).dtype  # of half precision where the model casts inside
+        given, slope = a.to(dtype) if a.is_floating_point() else a, d.to(dtype)
         if layer.bias is not None:
-            gradients[layer.bias] += layer.rule.bias(layer.module, a, d)
+            gradients[layer.bias] += layer.rule.bias(layer.module, given, slope)
         if layer.weight is not None:
-            gradients[layer.weight] += layer.rule.weight(layer.module, a, d)
+            gradients[layer.weight] += layer.rule.weight(layer.module, given, slope)
 
 
 def _confirmed(
