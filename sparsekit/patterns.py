@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sparsekit.errors import SettingsError
+from sparsekit.groups import Axis, groups_of
 from sparsekit.interfaces import Pattern, Settings, Units
 from sparsekit.parameters import Mask, ParameterInfo, ParameterSpace
 
@@ -75,11 +76,16 @@ def _proportional(count: int, sizes: Sequence[int]) -> list[int]:
     return [w + (i in first) for i, w in enumerate(whole)]
 
 
+#: What `axis` says.
+ALONG = "inputs: groups run along the input channels of an output; memory: along the tensor as it is stored"
+
+
 class NMSettings(Settings):
     """Settings of `n:m`."""
 
     n: int = Field(2, ge=1, description="weights that stay in each group")
-    m: int = Field(4, ge=2, description="consecutive weights in a group")
+    m: int = Field(4, ge=2, description="neighbouring weights in a group")
+    axis: Axis = Field("inputs", description=ALONG)
 
     @model_validator(mode="after")
     def _fewer(self) -> NMSettings:
@@ -91,6 +97,13 @@ class NMSettings(Settings):
 class NM(Pattern):
     """At most N weights stay in each group of M consecutive inputs of an output; short groups stay whole.
 
+    Groups run along the dimension that a product sums over, which is what kernels for 2:4 need (sparse tensor cores,
+    cuSPARSELt and torch's SparseSemiStructuredTensor: along `in` of a linear layer's (out, in), with `in` a multiple of
+    what the kernel asks for). Of a convolution it is M input channels at one place of the kernel, as it becomes a
+    product over (place, channel), channels last; one with fewer than M input channels a group has none. For other
+    layers see `sparsekit.groups.inputs_of_outputs`. `axis=memory` takes neighbours in memory instead, of a convolution
+    across places of the kernel, as published results mostly do; no kernel profits from it but for 1 × 1.
+
     On the way to the full pattern the lowest of the weights that may go are taken first, from each tensor in
     proportion to how many may: scores are compared within a tensor only, all the way.
     """
@@ -101,7 +114,7 @@ class NM(Pattern):
 
     def units(self, space: ParameterSpace) -> Units:
         """M consecutive inputs of an output; M − N of them go."""
-        return Units(groups_of_inputs(space, self.settings.m), self.settings.m - self.settings.n)
+        return Units(groups_of(space, self.settings.m, self.settings.axis), self.settings.m - self.settings.n)
 
     def count(self, space: ParameterSpace, sparsity: float) -> int:
         """round(s·n), but no more than M − N of each whole group.
@@ -138,13 +151,15 @@ class NM(Pattern):
 class BlockSettings(Settings):
     """Settings of `block`."""
 
-    size: int = Field(4, ge=2, description="consecutive weights that go together")
+    size: int = Field(4, ge=2, description="neighbouring weights that go together")
+    axis: Axis = Field("inputs", description=ALONG)
 
 
 class Block(Pattern):
     """Whole blocks of consecutive inputs of an output go or stay; short blocks stay.
 
-    A block's score is the sum of its weights' scores.
+    A block's score is the sum of its weights' scores. Blocks run along the input channels of an output at one place of
+    the kernel, or as `axis` says, see `n:m`.
     """
 
     name: ClassVar[str] = "block"
@@ -152,7 +167,7 @@ class Block(Pattern):
 
     def units(self, space: ParameterSpace) -> Units:
         """`size` consecutive inputs of an output; all of them go."""
-        return Units(groups_of_inputs(space, self.settings.size), self.settings.size)
+        return Units(groups_of(space, self.settings.size, self.settings.axis), self.settings.size)
 
     def count(self, space: ParameterSpace, sparsity: float) -> int:
         """s·n to the nearest whole block, but no more blocks than there are."""
@@ -170,15 +185,6 @@ class Block(Pattern):
         chosen = torch.zeros_like(mask.kept)
         chosen[index[lowest(sums, mask.kept[index].all(1), (count - mask.removed_count) // size)]] = True
         return chosen
-
-
-def groups_of_inputs(space: ParameterSpace, size: int) -> Tensor:
-    """(m, size): the whole groups of consecutive inputs of each output (first index) of each tensor."""
-    groups = []
-    for info in space.parameters:
-        flat = torch.arange(info.start, info.start + info.size).view(info.shape[0], -1)
-        groups.append(flat[:, : flat.shape[1] // size * size].reshape(-1, size))
-    return torch.cat(groups)
 
 
 def lowest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
