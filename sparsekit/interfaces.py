@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparsekit.curvature.rows import FisherKind
 from sparsekit.errors import CurvatureError, SettingsError
 from sparsekit.likelihoods import Likelihood
-from sparsekit.objective import Batch, Objective, as_found, pairs
+from sparsekit.objective import Batch, Mean, Objective, as_found, pairs
 from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.removal import Compensation, InverseFisher
 
@@ -196,9 +196,22 @@ class CurvatureEstimator(ABC):
         if not gamma > 0:
             raise CurvatureError(
                 f"damping {self.settings.damping} relative to a mean Fisher diagonal of {mean_diagonal} is not "
-                "positive: the gradients vanish; use damping_scale='absolute'"
+                f"positive: {self._why_zero()}"
             )
         return gamma
+
+
+    def _why_zero(self) -> str:
+        """What makes the diagonal vanish, and what to do."""
+        if self.settings.fisher == "empirical":
+            return (
+                "no example's loss has a gradient at its own target, as where targets are the network's own outputs; "
+                "set the estimator's fisher='importance'"
+            )
+        return (
+            "no prunable weight changes the output of an example that is taken alone (dead units, or a network that "
+            "subtracts the mean of its batch); mend the network, or set damping_scale='absolute'"
+        )
 
 
 @dataclass(frozen=True)
@@ -483,20 +496,19 @@ class Task(ABC):
 def measure(model: nn.Module, likelihood: Likelihood, batches: Iterable[Batch]) -> dict[str, float]:
     """The mean loss over the examples, and accuracy in [0, 1] where the likelihood has one.
 
+    Both over the positions that count, whatever the batches.
+
     Raises:
         DataError, ModelError: a batch is no pair of tensors, or the model's output is none.
     """
     device = next(model.parameters()).device
-    loss, right, count, has_accuracy = 0.0, 0.0, 0, True
+    loss, right, has_accuracy = Mean(), Mean(), True
     with as_found(model), torch.no_grad():
         for inputs, targets in pairs(batches, device):
             output = model(inputs)
-            loss += float(likelihood.losses(output, targets).double().sum())
+            loss.add(likelihood.losses(output, targets), likelihood.divisor(targets))
             accuracy = likelihood.accuracy(output, targets)
             has_accuracy = accuracy is not None
-            right += float(accuracy.sum()) if accuracy is not None else 0.0
-            count += len(targets)
-    figures = {"loss": loss / max(count, 1)}
-    if has_accuracy:
-        figures["accuracy"] = right / max(count, 1)
-    return figures
+            if accuracy is not None:
+                right.add(accuracy, likelihood.counted(targets))
+    return {"loss": loss.value} | ({"accuracy": right.value} if has_accuracy else {})

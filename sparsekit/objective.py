@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -100,12 +101,15 @@ class Objective:
         batches: the examples, (inputs, targets) batch by batch; a sequence or anything else that can be
             iterated over again and gives the same examples each time.
         space: the weights that count.
+        share: what an example adds to what the likelihood's mean divides by, on average; counted where None. Of
+            some of an objective's batches give that of the whole, `mean_share`, so that weights stay comparable.
     """
 
     model: nn.Module
     likelihood: Likelihood
     batches: Iterable[Batch]
     space: ParameterSpace
+    share: float | None = None
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +124,29 @@ class Objective:
     def on_device(self) -> Iterator[Batch]:
         """The batches, moved to the model's device; a DataError where one is no pair of tensors, see `pairs`."""
         yield from pairs(self.batches, self.device)
+
+    @cached_property
+    def mean_share(self) -> float:
+        """What an example adds to what the likelihood's mean divides by, over all examples; reads targets alone.
+
+        Raises:
+            DataError: the targets are all ignored.
+        """
+        if self.share is not None:
+            return self.share
+        total, count = 0.0, 0
+        for _, targets in pairs(self.batches):
+            total += self.likelihood.divisor(targets)
+            count += len(targets)
+        return counting(total, count) / count
+
+    def weighted(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """The batches on the model's device, each with what its examples weigh in the mean over all, 1 on average.
+
+        Only a likelihood's weights of positions make it another number than 1.
+        """
+        for inputs, targets in self.on_device():
+            yield inputs, targets, self.likelihood.divisor(targets) / len(targets) / self.mean_share
 
     def check(self) -> None:
         """One batch through the model and the loss, so that what cannot be used is refused before any work.
@@ -145,9 +172,9 @@ class Objective:
         """L(w) at the model's present weights."""
         total, count = 0.0, 0
         with as_found(self.model), torch.no_grad():
-            for inputs, targets in self.on_device():
+            for inputs, targets, weight in self.weighted():
                 losses = self.likelihood.losses(self.model(inputs), targets)
-                total += float(losses.double().sum())
+                total += float(losses.double().sum()) * weight
                 count += len(losses)
         return finite_loss(total / some(count))
 
@@ -158,9 +185,9 @@ class Objective:
             tensors = self.space.tensors(self.model)
             for parameter in tensors.values():
                 parameter.requires_grad_(True)
-            for inputs, targets in self.on_device():
+            for inputs, targets, weight in self.weighted():
                 losses = self.likelihood.losses(self.model(inputs), targets)
-                gradients = torch.autograd.grad(losses.sum(), list(tensors.values()), materialize_grads=True)
+                gradients = torch.autograd.grad(losses.sum() * weight, list(tensors.values()), materialize_grads=True)
                 flat = self.space.flatten(dict(zip(tensors, gradients, strict=True)))
                 total = flat if total is None else total + flat
                 count += len(losses)
@@ -168,6 +195,40 @@ class Objective:
             some(count)
             raise AssertionError
         return total / count
+
+
+class Mean:
+    """A mean over examples, batch by batch, in one pass.
+
+    Each batch has a mean of its own, divided by whatever it was; batches count in proportion to that.
+    """
+
+    def __init__(self) -> None:
+        self._total, self._count, self._examples, self._unit = 0.0, 0.0, 0, 0.0
+
+    def add(self, values: Tensor, divisor: float) -> None:
+        """A batch's values, (N,)."""
+        share = divisor / len(values)
+        self._examples += len(values)
+        if share:  # else all are ignored
+            self._unit = self._unit or share  # so that shares that are alike count exactly 1
+            self._total += float(values.double().sum()) * (share / self._unit)
+            self._count += len(values) * (share / self._unit)
+
+    @property
+    def value(self) -> float:
+        """The mean; 0 without any examples."""
+        return self._total / counting(self._count, self._examples) if self._examples else 0.0
+
+
+def counting(total: float, examples: int) -> float:
+    """What a mean over so many examples divides by, which must not be zero."""
+    if some(examples) and not total:
+        raise DataError(
+            f"the targets of all {examples} examples are ignored, or their classes have no weight: mend the data, or "
+            "give another ignore_index or weight to the loss"
+        )
+    return total
 
 
 def some(count: int) -> int:

@@ -5,7 +5,7 @@ from torch.testing import assert_close
 
 from sparsekit import Bernoulli, Categorical, Gaussian
 from sparsekit.errors import DataError, SettingsError
-from sparsekit.likelihoods import Likelihood, Unspecified, as_likelihood
+from sparsekit.likelihoods import Likelihood, LogProbabilities, Unspecified, as_likelihood
 
 SHAPES = {"categorical": [(2, 4), (2, 3, 5)], "bernoulli": [(2, 4), (2, 2, 3)], "gaussian": [(2, 1), (2, 2, 3)]}
 MADE = {"categorical": Categorical(), "bernoulli": Bernoulli(), "gaussian": Gaussian(variance=0.3)}
@@ -91,8 +91,9 @@ def test_shapes_that_would_broadcast_are_refused(likelihood):
         (nn.functional.cross_entropy, Categorical),
         (nn.BCEWithLogitsLoss(), Bernoulli),
         (nn.MSELoss(), Gaussian),
-        (nn.CrossEntropyLoss(label_smoothing=0.1), Unspecified),
-        (nn.CrossEntropyLoss(reduction="sum"), Unspecified),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), Categorical),
+        (nn.CrossEntropyLoss(reduction="sum"), Categorical),
+        (nn.NLLLoss(), LogProbabilities),
         (nn.L1Loss(), Unspecified),
         ("bernoulli", Bernoulli),
     ],

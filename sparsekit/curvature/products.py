@@ -31,7 +31,7 @@ class GaussNewton:
             named = {name: p.detach() for name, p in model.named_parameters()}
             primals = {name: named[name] for name in space.names}
             rest = {name: p for name, p in named.items() if name not in primals} | dict(model.named_buffers())
-            for inputs, _ in self.objective.on_device():
+            for inputs, targets, weight in self.objective.weighted():
 
                 def forward(values: dict[str, Tensor], inputs: Tensor = inputs) -> Tensor:
                     return torch.func.functional_call(model, (values, rest), (inputs,))
@@ -40,12 +40,12 @@ class GaussNewton:
                 for k in range(columns.shape[1]):
                     tangent = space.unflatten(columns[:, k].contiguous())
                     _, pushed = torch.func.jvp(forward, (primals,), (tangent,))  # type: ignore[misc]
-                    (gradient,) = pull(self._output_curvature(output, pushed))
+                    (gradient,) = pull(self._output_curvature(output, targets, pushed) * weight)
                     total[:, k] += space.flatten(gradient)
                 count += len(output)
         return (total / some(count)).view_as(V)
 
-    def _output_curvature(self, output: Tensor, tangent: Tensor) -> Tensor:
+    def _output_curvature(self, output: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
         """The Hessian of each example's loss in the outputs, times its tangent."""
         likelihood = self.objective.likelihood
-        return likelihood.score_scale(likelihood.positions(output)) ** 2 * likelihood.curvature(output, tangent)
+        return likelihood.root_scale(output, targets) ** 2 * likelihood.curvature(output, tangent)

@@ -43,7 +43,8 @@ def gradient_rows(
         fisher: a random vector with the output curvature Λ as its second moment, for classes a column of Λ^{1/2}
             drawn by its length (`importance`); a label drawn from the model (`sampled`); every column (`exact`, the
             Gauss-Newton matrix); the data's own label (`empirical`).
-            All but the last estimate the same matrix.
+            All but the last estimate the same matrix. A position's weight in the loss multiplies the square of its
+            gradient: one of weight two counts as two, in the empirical Fisher too.
         generator: for what is drawn.
 
     Raises:
@@ -59,10 +60,12 @@ def gradient_rows(
                 parameter.requires_grad_(True)
         functional = _others(space, hooked)
         checked = False
-        for inputs, given in objective.on_device():
+        for inputs, given, weight in objective.weighted():
             with record_uses(hooked), torch.enable_grad():
                 output = model(inputs)
             vectors = _output_vectors(likelihood, output, given, fisher, generator)
+            if weight != 1:
+                vectors = [vector * weight**0.5 for vector in vectors]
             for index, vector in enumerate(vectors):
                 rows = vector.new_zeros(len(vector), space.size)
                 gradients = space.unflatten_rows(rows)
@@ -102,16 +105,17 @@ def _output_vectors(
 ) -> list[Tensor]:
     """What is propagated back: vectors v, shaped like `output`, with E Σ v vᵀ = Λ (or its empirical stand-in)."""
     if fisher in ("importance", "exact"):
-        scale = likelihood.score_scale(likelihood.positions(output))
+        scale = likelihood.root_scale(output, targets)
         if fisher == "exact":
             return [column * scale for column in likelihood.root_columns(output)]
         return [likelihood.drawn_root(output, _needed(generator)) * scale]
-    if fisher == "sampled":
-        targets = likelihood.sample(output.detach(), _needed(generator))
     leaf = output.detach().requires_grad_(True)
     with torch.enable_grad():
-        score = likelihood.score(leaf, targets).sum()
-    return list(torch.autograd.grad(score, leaf))
+        if fisher == "sampled":
+            score = likelihood.sampled_score(leaf, targets, _needed(generator))
+        else:
+            score = likelihood.score(leaf, targets)
+    return list(torch.autograd.grad(score.sum(), leaf))
 
 
 def _needed(generator: torch.Generator | None) -> torch.Generator:
