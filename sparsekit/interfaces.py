@@ -200,7 +200,6 @@ class CurvatureEstimator(ABC):
             )
         return gamma
 
-
     def _why_zero(self) -> str:
         """What makes the diagonal vanish, and what to do."""
         if self.settings.fisher == "empirical":

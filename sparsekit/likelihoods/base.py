@@ -145,6 +145,7 @@ def signs(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> T
 
 
 def same_shape(name: str, output: Tensor, target: Tensor) -> None:
+    """A DataError where a target would be broadcast."""
     if output.shape != target.shape:
         raise DataError(
             f"the {name} loss compares outputs and targets of one shape; the model gives {tuple(output.shape)}, the "
@@ -153,6 +154,7 @@ def same_shape(name: str, output: Tensor, target: Tensor) -> None:
 
 
 def one_position_at_a_time(column: Tensor, positions: int) -> Iterator[Tensor]:
+    """A column (N, C, …) cut into columns that are zero at all positions but one."""
     if positions == 1:
         yield column
         return
@@ -164,6 +166,7 @@ def one_position_at_a_time(column: Tensor, positions: int) -> Iterator[Tensor]:
 
 
 def one_unit_at_a_time(values: Tensor) -> Iterator[Tensor]:
+    """Values (N, …) cut into columns that are zero at all units but one."""
     flat = values.reshape(len(values), -1)
     for t in range(flat.shape[1]):
         single = torch.zeros_like(flat)

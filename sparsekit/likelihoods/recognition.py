@@ -68,8 +68,8 @@ class Unspecified(Likelihood):
             return
         raise DataError(
             f"the loss {self.function!r} is {given:.6g} for a batch of {len(alone)}, the mean of its examples one at a "
-            f"time {mean:.6g}: it is normalised over the batch (class weights, ignored targets) or joins examples; give "
-            "Categorical(weight=…, ignore_index=…), a loss of torch.nn, or one that is a mean over the examples"
+            f"time {mean:.6g}: it is normalised over the batch (class weights, ignored targets) or joins examples; "
+            "give Categorical(weight=…, ignore_index=…), a loss of torch.nn, or one that is a mean over the examples"
         )
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
@@ -139,8 +139,8 @@ def _known(name: str, given: Mapping[str, Any], options: tuple[str, ...]) -> dic
     reduction = given.get("reduction", "mean")
     if reduction not in ("mean", "sum"):
         raise SettingsError(
-            f"{name} with reduction='{reduction}' leaves open how the losses of positions add up: give reduction='mean' "
-            "or 'sum'"
+            f"{name} with reduction='{reduction}' leaves open how the losses of positions add up: give "
+            "reduction='mean' or 'sum'"
         )
     others = [key for key, value in given.items() if key not in (*options, "reduction") and value is not None]
     if others:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ class Bernoulli(Likelihood):
         return values.reshape(len(output), -1)
 
     def weights(self, output: Tensor, target: Tensor) -> Tensor | None:
-        """w (1 + (p − 1) y), p the pos_weight: the loss's second derivative has that times σ (1 − σ)."""
+        """At each unit w (1 + (p − 1) y), p the pos_weight: the loss's second derivative has that times σ (1 − σ)."""
         weight, positive = self._of_units("weight", output), self._of_units("pos_weight", output)
         if weight is None and positive is None:
             return None
@@ -90,7 +91,7 @@ class Bernoulli(Likelihood):
         if not fits:
             raise SettingsError(
                 f"a {name} of shape {tuple(tensor.shape)} was given, an example's outputs are "
-                f"{tuple(output.shape[1:])}: give one number for each of its units; examples have no weights of their own"
+                f"{tuple(output.shape[1:])}: give a number for each of its units; examples have no weights of their own"
             )
         return tensor
 
@@ -158,5 +159,5 @@ class Gaussian(Likelihood):
         return output[0].numel()
 
 
-def _numbers(given: list[object] | float) -> Numbers:
-    return tuple(_numbers(part) for part in given) if isinstance(given, list) else given
+def _numbers(given: Any) -> Numbers:
+    return tuple(_numbers(part) for part in given) if isinstance(given, list) else float(given)
