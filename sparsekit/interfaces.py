@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from sparsekit.curvature.rows import FisherKind
+from sparsekit.curvature.vectors import FisherKind
 from sparsekit.errors import CurvatureError, SettingsError
 from sparsekit.likelihoods import Likelihood
 from sparsekit.objective import Batch, Mean, Objective, as_found, pairs
@@ -202,14 +202,9 @@ class CurvatureEstimator(ABC):
 
     def _why_zero(self) -> str:
         """What makes the diagonal vanish, and what to do."""
-        if self.settings.fisher == "empirical":
-            return (
-                "no example's loss has a gradient at its own target, as where targets are the network's own outputs; "
-                "set the estimator's fisher='importance'"
-            )
         return (
-            "no prunable weight changes the output of an example that is taken alone (dead units, or a network that "
-            "subtracts the mean of its batch); mend the network, or set damping_scale='absolute'"
+            "no prunable weight changes the loss of an example that is taken alone (dead units, a network that "
+            "subtracts the mean of its batch, a loss that is flat); mend that, or set damping_scale='absolute'"
         )
 
 

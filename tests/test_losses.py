@@ -66,7 +66,10 @@ class Case:
     def __init__(self, name, seed):
         self.loss, kind = LOSSES[name]
         chance, draw = random.Random(f"{name} {seed}"), torch.Generator().manual_seed(seed)
-        self.count, self.positions = chance.randint(3, 7), chance.choice([1, 2] if kind == "bits" else [1, 2, 3])
+        self.count, self.positions = (
+            chance.randint(3, 7),
+            chance.choice([1, 2] if name.startswith("binary") else [1, 2, 3]),
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = Network(chance.random() < 0.5, isinstance(self.loss, nn.NLLLoss)).double().eval()

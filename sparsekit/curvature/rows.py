@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.grad import conv2d_weight
 
+from sparsekit.curvature.vectors import FisherKind, output_vectors, refuse_rounding
 from sparsekit.errors import CurvatureError
-from sparsekit.likelihoods import Likelihood
 from sparsekit.objective import Objective, as_found
 from sparsekit.parameters import ParameterSpace
-
-FisherKind = Literal["importance", "sampled", "exact", "empirical"]
 
 #: Examples at a time for parameters whose gradients come from `torch.func`.
 FUNCTIONAL_CHUNK = 16
@@ -48,7 +46,7 @@ def gradient_rows(
         generator: for what is drawn.
 
     Raises:
-        CurvatureError: a gradient is not finite.
+        CurvatureError: a gradient is not finite, or the targets of an empirical Fisher are the network's own outputs.
     """
     model, likelihood, space = objective.model, objective.likelihood, objective.space
     with as_found(model):
@@ -63,7 +61,9 @@ def gradient_rows(
         for inputs, given, weight in objective.weighted():
             with record_uses(hooked), torch.enable_grad():
                 output = model(inputs)
-            vectors = _output_vectors(likelihood, output, given, fisher, generator)
+            vectors = output_vectors(likelihood, output, given, fisher, generator)
+            if fisher == "empirical" and not checked:
+                refuse_rounding(likelihood, output.detach(), given, vectors[0])
             if weight != 1:
                 vectors = [vector * weight**0.5 for vector in vectors]
             for index, vector in enumerate(vectors):
@@ -98,30 +98,6 @@ def _check_finite(rows: Tensor, gradients: Mapping[str, Tensor]) -> None:
     for name, gradient in gradients.items():
         if not bool(gradient.isfinite().all()):
             raise CurvatureError(f"the gradients of '{name}' are not finite; check the data, the loss and the weights")
-
-
-def _output_vectors(
-    likelihood: Likelihood, output: Tensor, targets: Tensor, fisher: FisherKind, generator: torch.Generator | None
-) -> list[Tensor]:
-    """What is propagated back: vectors v, shaped like `output`, with E Σ v vᵀ = Λ (or its empirical stand-in)."""
-    if fisher in ("importance", "exact"):
-        scale = likelihood.root_scale(output, targets)
-        if fisher == "exact":
-            return [column * scale for column in likelihood.root_columns(output)]
-        return [likelihood.drawn_root(output, _needed(generator)) * scale]
-    leaf = output.detach().requires_grad_(True)
-    with torch.enable_grad():
-        if fisher == "sampled":
-            score = likelihood.sampled_score(leaf, targets, _needed(generator))
-        else:
-            score = likelihood.score(leaf, targets)
-    return list(torch.autograd.grad(score.sum(), leaf))
-
-
-def _needed(generator: torch.Generator | None) -> torch.Generator:
-    if generator is None:
-        raise ValueError("what is drawn at random needs a generator")
-    return generator
 
 
 # -- layers whose gradients follow from inputs and output gradients ------------------------------------------

@@ -190,7 +190,10 @@ class Categorical(Likelihood):
 
     def _classes(self, output: Tensor) -> int:
         if output.dim() < 2:
-            raise DataError(f"the model gives {tuple(output.shape)}; logits (examples, classes, …) were needed")
+            raise DataError(
+                f"the model gives {tuple(output.shape)}; logits (examples, classes, …) were needed: for one logit give "
+                "loss='bernoulli'"
+            )
         if self.weight is not None and len(self.weight) != output.shape[1]:
             raise SettingsError(
                 f"the loss has {len(self.weight)} class weights, the model gives {output.shape[1]} classes "

@@ -38,18 +38,22 @@ class Unspecified(Likelihood):
             self._compare(values.detach(), output.detach(), target)
         return values.reshape(len(output), 1)
 
+    @property
+    def _title(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
+
     def _called(self, output: Tensor, target: Tensor) -> Tensor:
         try:
             value = self.function(output, target)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise DataError(
-                f"the loss {self.function!r} fails on the outputs {tuple(output.shape)} and the targets "
+                f"the loss {self._title} fails on the outputs {tuple(output.shape)} and the targets "
                 f"{tuple(target.shape)}, {target.dtype}, of one example: {error}"
             ) from error
         if not isinstance(value, Tensor) or value.numel() != 1:
             found = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
             raise DataError(
-                f"the loss {self.function!r} gives {found} for one example; a tensor of one number was needed: let it "
+                f"the loss {self._title} gives {found} for one example; a tensor of one number was needed: let it "
                 "take the mean or the sum over the positions"
             )
         return value.reshape(())
@@ -64,10 +68,10 @@ class Unspecified(Likelihood):
         mean, given = float(alone.mean()), float(whole) if whole.numel() == 1 else float("nan")
         if abs(given - mean) <= tolerance or abs(given / len(alone) - mean) <= tolerance or given == mean:
             return
-        if not bool(alone.isfinite().all()) and given == float("inf"):
-            return
+        if not bool(output.isfinite().all()):
+            return  # then neither is the loss, which is said elsewhere
         raise DataError(
-            f"the loss {self.function!r} is {given:.6g} for a batch of {len(alone)}, the mean of its examples one at a "
+            f"the loss {self._title} is {given:.6g} for a batch of {len(alone)}, the mean of its examples one at a "
             f"time {mean:.6g}: it is normalised over the batch (class weights, ignored targets) or joins examples; "
             "give Categorical(weight=…, ignore_index=…), a loss of torch.nn, or one that is a mean over the examples"
         )
@@ -83,7 +87,7 @@ class Unspecified(Likelihood):
 
     def _no_distribution(self) -> SettingsError:
         return SettingsError(
-            f"the loss {self.function!r} is not a likelihood that sparsekit knows, so its labels cannot be "
+            f"the loss {self._title} is not a likelihood that sparsekit knows, so its labels cannot be "
             "sampled; set the estimator's fisher='empirical', or give loss as 'categorical', 'bernoulli', "
             "'gaussian' or a Likelihood"
         )
@@ -121,6 +125,10 @@ def as_likelihood(loss: str | Loss | Likelihood) -> Likelihood:
         if loss not in _NAMED:
             raise SettingsError(f"no loss '{loss}'; known by name: {', '.join(sorted(_NAMED))}")
         return _NAMED[loss]()
+    if isinstance(loss, type) or not callable(loss):
+        raise SettingsError(
+            f"the loss is {loss!r}; a name, a Likelihood or what is called with (outputs, targets) was needed"
+        )
     for function, (module, likelihood, options) in _TORCH.items():
         if type(loss) is module:
             given = {name: getattr(loss, name) for name in (*options, "reduction")}
