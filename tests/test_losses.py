@@ -5,6 +5,7 @@ example's outputs. Nothing of what is judged is used in it.
 """
 
 import random
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,11 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from sparsekit import prune
 from sparsekit.curvature import GaussNewton, gradient_rows
-from sparsekit.interfaces import measure
+from sparsekit.errors import CurvatureError, DataError
+from sparsekit.estimators import DiagonalFisher, DiagonalFisherSettings
+from sparsekit.finetune import finetune
+from sparsekit.interfaces import FinetuneSettings, measure
 from sparsekit.likelihoods import Bernoulli, Categorical, as_likelihood
 from sparsekit.objective import Objective
-from sparsekit.parameters import ParameterSpace
+from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.reconstruction import output_moments
 
 CLASSES, INPUTS, WEIGHT = 3, 4, torch.tensor([0.3, 4.0, 1.0], dtype=torch.float64)
@@ -282,3 +287,88 @@ def test_without_weights_all_is_bitwise_a_plain_mean():
     assert [weight for _, _, weight in objective.weighted()] == [1.0, 1.0]
     assert Categorical().root_scale(z, y) == 7**-0.5
     assert measure(model, Categorical(), batches)["loss"] == objective.loss()
+
+
+# -- as it is used -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["weighted, ignored", "smoothed, weighted", "soft, weighted", "binary, weighted"])
+def test_fine_tuning_takes_torchs_steps(name):
+    case = Case(name, 0)
+    before = [p.detach().clone() for p in case.model.parameters()]
+    gradients = torch.autograd.grad(case.loss(case.model(case.x), case.y), list(case.model.parameters()))
+    recipe = FinetuneSettings(epochs=1, learning_rate=0.1, momentum=0, weight_decay=0)
+    batches, mask = [(case.x, case.y)], Mask.full(case.space.size)
+    finetune(case.model, case.likelihood, lambda: batches, case.space, mask, recipe, batches_per_epoch=1)
+    for parameter, start, gradient in zip(case.model.parameters(), before, gradients, strict=True):
+        assert_close(parameter.detach(), start - 0.1 * gradient)
+
+
+def partly_ignored():
+    """Three batches: one whole, one ignored as a whole, one by half."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(24, 4, generator=draw), torch.randint(3, (24,), generator=draw)
+    y[8:16], y[16:20] = 255, 255
+    return list(zip(x.split(8), y.split(8), strict=True))
+
+
+@pytest.mark.parametrize("estimator", ["diagonal", "obs", "fishleg"])
+def test_pruning_reports_torchs_loss_of_the_targets_that_count(estimator):
+    loss, data, model = nn.CrossEntropyLoss(ignore_index=255), partly_ignored(), nn.Linear(4, 3)
+    given = {"name": estimator, "examples": 24, "batch_size": 8}
+    pruned = prune(model, data, loss=loss, sparsity=0.5, estimator=given, compensation="exact")
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    with torch.no_grad():
+        assert pruned.dense["loss"] == pytest.approx(float(loss(model(x), y)))
+        assert pruned.steps[-1].pruned["loss"] == pytest.approx(float(loss(pruned.model(x), y)))
+        right = (pruned.model(x).argmax(1) == y).sum() / (y != 255).sum()
+    assert pruned.steps[-1].pruned["accuracy"] == pytest.approx(float(right))
+
+
+def test_targets_that_are_all_ignored_are_refused():
+    data = [(x, torch.full_like(y, 255)) for x, y in partly_ignored()]
+    with pytest.raises(DataError, match="the targets of all 24 examples are ignored"):
+        prune(nn.Linear(4, 3), data, loss=nn.CrossEntropyLoss(ignore_index=255), estimator="diagonal")
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.CrossEntropyLoss(), nn.HuberLoss()], ids=str)
+def test_an_empirical_fisher_of_the_networks_own_outputs_is_refused(loss):
+    model = nn.Linear(4, 3)
+    with torch.no_grad():
+        outputs = [(x, model(x)) for x, _ in partly_ignored()]
+        data = [(x, z.softmax(1) if isinstance(loss, nn.CrossEntropyLoss) else z) for x, z in outputs]
+    objective = Objective(model, as_likelihood(loss), data, ParameterSpace.of(model))
+    with pytest.raises(CurvatureError, match="the network's own outputs up to rounding.*fisher='importance'"):
+        next(gradient_rows(objective, "empirical"))
+
+
+def test_labels_that_are_fitted_almost_exactly_are_no_rounding_errors():
+    model, y = nn.Linear(3, 3, bias=False), torch.arange(3)
+    model.weight.data = 12 * torch.eye(3)  # probabilities of 1 − 1e-5
+    objective = Objective(model, Categorical(), [(torch.eye(3), y)], ParameterSpace.of(model))
+    assert next(gradient_rows(objective, "empirical")).norm() > 0
+
+
+class Centred(nn.Linear):
+    """What an example gives depends on the others of its batch alone."""
+
+    def forward(self, x):
+        z = super().forward(x)
+        return z - z.mean(0, keepdim=True)
+
+
+def test_a_network_of_the_batch_is_not_said_to_have_no_gradients():
+    model = Centred(4, 3)
+    x, y = partly_ignored()[0]
+    objective = Objective(model, Categorical(), [(x, y)], ParameterSpace.of(model))
+    estimator = DiagonalFisher(objective.space, DiagonalFisherSettings())
+    estimator.update(objective, generator=torch.Generator())
+    with pytest.raises(CurvatureError, match="an example that is taken alone .*subtracts the mean of its batch"):
+        estimator.inverse()
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_parts_of_an_objective_weigh_their_examples_as_the_whole_does(fisher):
+    case = Case("weighted, ignored", 2)
+    whole = torch.cat([rows for rows in gradient_rows(case.objective, fisher)])
+    parts = [replace(case.objective, batches=[batch], share=case.objective.mean_share) for batch in case.batches]
+    assert len(parts) > 1
+    assert_close(torch.cat([rows for part in parts for rows in gradient_rows(part, fisher)]), whole)
