@@ -224,6 +224,11 @@ def test_any_loss_that_is_normalised_over_the_batch_is_refused():
         as_likelihood(loss).losses(Z, LABELS)
 
 
+def test_any_loss_that_joins_examples_is_refused_though_it_gives_a_number_for_each():
+    with pytest.raises(DataError, match="or joins examples"):
+        as_likelihood(lambda z, y: (z - z.mean(0) - y).square().sum(1)).losses(Z, draw(4, 3, seed=1))
+
+
 def test_any_loss_that_ignores_an_example_is_refused_and_not_said_to_be_nan():
     with pytest.raises(DataError, match="it is normalised over the batch"):
         as_likelihood(lambda z, y: nn.functional.cross_entropy(z, y)).losses(Z, LABELS.where(LABELS > 0, -100))

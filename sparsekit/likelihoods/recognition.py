@@ -45,6 +45,8 @@ class Unspecified(Likelihood):
     def _called(self, output: Tensor, target: Tensor) -> Tensor:
         try:
             value = self.function(output, target)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise DataError(
                 f"the loss {self._title} fails on the outputs {tuple(output.shape)} and the targets "
@@ -62,14 +64,14 @@ class Unspecified(Likelihood):
         """A DataError where the batch's loss is neither the examples' mean nor their sum."""
         with torch.no_grad():
             whole = self.function(output, target)
-        if whole.numel() == len(alone):
-            return  # a number for each
         tolerance = torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().mean())
-        mean, given = float(alone.mean()), float(whole) if whole.numel() == 1 else float("nan")
-        if abs(given - mean) <= tolerance or abs(given / len(alone) - mean) <= tolerance or given == mean:
+        mean, given = float(alone.mean()), float(whole.double().mean())
+        if whole.numel() == len(alone):  # a number for each
+            agrees = bool(((whole.reshape(-1) - alone).abs() <= tolerance).all())
+        else:
+            agrees = abs(given - mean) <= tolerance or abs(given / len(alone) - mean) <= tolerance or given == mean
+        if agrees or not bool(output.isfinite().all()):  # a loss that is not finite is told of elsewhere
             return
-        if not bool(output.isfinite().all()):
-            return  # then neither is the loss, which is said elsewhere
         raise DataError(
             f"the loss {self._title} is {given:.6g} for a batch of {len(alone)}, the mean of its examples one at a "
             f"time {mean:.6g}: it is normalised over the batch (class weights, ignored targets) or joins examples; "
