@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from sparsekit.registry import Registry
 from sparsekit.schedules import Step, plan
 from sparsekit.settings import ResolvedRun
 from sparsekit.sharing import SharedStatistics
-from sparsekit.tracking import NullTracker, Tracker, initialise, resolve_uri
+from sparsekit.tracking import NullTracker, Tracker, resolve_uri
 
 #: Seconds between checkpoints within a step, whose layers are reconstructed one by one.
 SAVE_EVERY = 30.0
@@ -170,6 +171,7 @@ def execute(
     """
     settings = resolved.settings
     device = find_device(settings.device)
+    uri = resolve_uri(settings.tracking.uri, Path(settings.output)) if settings.tracking.enabled else None
     shown = preview(resolved)
     estimator: CurvatureEstimator = resolved.build("estimator", shown.space)
     task: Task = resolved.build("task")
@@ -183,7 +185,6 @@ def execute(
     prepared = time.perf_counter() - started
     identity = run_identity(resolved, registry, sources(task, model), device)
     directory = RunDirectory.of(Path(settings.output), task.name, estimator.name, run_key(identity))
-    uri = resolve_uri(settings.tracking.uri, Path(settings.output)) if settings.tracking.enabled else None
     with directory.lock():
         found = None if fresh else directory.read()
         if found is not None and found.status == "finished":
@@ -201,8 +202,6 @@ def execute(
         if anchors.how != "none":
             few = list(task.batches("train", batch_size=anchors.batch_size, limit=anchors.examples))
             Reconstruction.check(model, shown.space, few, anchors, available_memory(device).device)
-        if uri is not None:
-            initialise(uri, settings.tracking.experiment)  # an address that cannot work is said now, not later
         if fresh:
             directory.discard()
         record = RunRecord(
@@ -226,7 +225,7 @@ def execute(
         )
         driver = _Driver(resolved, task, model, shown.space, estimator, directory, record, uri, shared)
         finished = driver.run(resume and found is not None, listener, progress)
-    return Outcome(finished, directory.path, False, uri)
+    return Outcome(finished, directory.path, False, uri if driver.untold is None else None)
 
 
 def _tracked_at(record: RunRecord) -> str | None:
@@ -256,6 +255,7 @@ class _Driver:
         self.plan = planned(resolved)
         self.saved = time.perf_counter()  # when the last checkpoint was written
         self.tracked: str | None = None  # MLflow's run, so that a resumed run goes on in it
+        self.untold: str | None = None  # why MLflow was not told all of it
 
     def run(self, resume: bool, listener: Listener, progress: Progress) -> RunRecord:
         pruner = self._pruner(progress)
@@ -455,13 +455,20 @@ class _Driver:
 
     def _finish(self, pruner: Pruner, tracker: NullTracker) -> None:
         conclude(tracker, self.record, self.directory)
-        degraded = list(self.record.degraded)
-        if tracker.failure is not None:
-            degraded.append(f"tracking: {tracker.failure}")
-        self._update(status="finished", finished=now(), degraded=degraded, files=self.directory.results())
+        self._update(status="finished", finished=now(), files=self.directory.results(), **self._told(tracker))
         tracker.artifact(self.directory.record_path)
         tracker.finish("FINISHED")
+        if self.untold is None and tracker.failure is not None:
+            self._update(**self._told(tracker))
         self.directory.clear_checkpoints()
+
+    def _told(self, tracker: NullTracker) -> dict[str, list[str]]:
+        """What the record says of a tracker that has failed."""
+        self.untold = tracker.failure
+        if self.untold is None:
+            return {}
+        later = shlex.join(["sparsekit", "track", str(self.directory.path)])
+        return {"degraded": [*self.record.degraded, f"tracking: {self.untold}. '{later}' tells MLflow later"]}
 
 
 def _degraded(event: StepCompleted, how: CompensationSettings) -> list[str]:

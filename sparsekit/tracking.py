@@ -10,12 +10,14 @@ import posixpath
 import re
 import shlex
 import sqlite3
+import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +25,8 @@ from urllib.parse import quote, unquote
 
 from filelock import FileLock, Timeout
 
-from sparsekit.errors import SparsekitError
+from sparsekit import addresses
+from sparsekit.addresses import TrackingError
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -42,8 +45,8 @@ _ENVIRONMENT = {
 }
 
 
-class TrackingError(SparsekitError):
-    """The place where MLflow is to record runs cannot be used."""
+#: Seconds that a run waits at most for a server that hangs; files are allowed a mebibyte a second on top.
+PATIENCE = 20.0
 
 
 def default_uri(output: Path) -> str:
@@ -53,8 +56,14 @@ def default_uri(output: Path) -> str:
 
 
 def resolve_uri(explicit: str | None, output: Path) -> str:
-    """Where to track: what was asked for, else `MLFLOW_TRACKING_URI`, else `default_uri`."""
-    return explicit or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(output)
+    """Where to track: what was asked for, else `MLFLOW_TRACKING_URI`, else `default_uri`.
+
+    Raises:
+        TrackingError: it can be no address; whether somebody answers there is not asked.
+    """
+    uri = explicit or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(output)
+    addresses.check(uri)
+    return uri
 
 
 def ui_command(uri: str) -> str:
@@ -84,7 +93,7 @@ def initialise(uri: str, experiment: str = "sparsekit", artifact_root: Path | No
             _ensure_experiment(uri, experiment, None)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f"{path.name}.lock"), timeout=120):
+        with FileLock(path.with_name(f"{path.name}.lock"), timeout=60):
             if not path.exists():
                 _make_database(path)
             _check_database(path)
@@ -304,7 +313,9 @@ class Tracker(NullTracker):
 
     def artifact(self, path: Path) -> None:
         """Keep a file with the run."""
-        self._attempt("storing an artifact", lambda: self._client.log_artifact(self.run_id, str(path)))
+        size = path.stat().st_size if path.exists() else 0
+        keep = PATIENCE + size / 2**20
+        self._attempt("storing an artifact", lambda: self._client.log_artifact(self.run_id, str(path)), keep)
 
     def finish(self, status: RunStatus = "FINISHED") -> None:
         """End the run."""
@@ -318,12 +329,16 @@ class Tracker(NullTracker):
                 raise
             return False
 
-    def _attempt(self, what: str, action: Callable[[], None]) -> None:
+    def _attempt(self, what: str, action: Callable[[], None], patience: float | None = None) -> None:
         if self.failure is not None:
             return
+        _mlflow()  # importing it takes seconds, which are not the server's
         try:
             with _quiet():
-                action()
+                if _sqlite_path(self.uri) is None:
+                    _bounded(action, PATIENCE if patience is None else patience)
+                else:
+                    action()  # has bounds of its own
         except _failures(TrackingError) as error:
             self.failure = f"tracking stopped while {what}: {_first_line(error)}"
 
@@ -343,6 +358,26 @@ class Tracker(NullTracker):
         for start in range(0, max(len(params), len(labels)), _OTHERS_A_BATCH):
             part = slice(start, start + _OTHERS_A_BATCH)
             self._client.log_batch(self.run_id, params=params[part], tags=labels[part])
+
+
+def _bounded(action: Callable[[], None], seconds: float) -> None:
+    """Do it in a thread of its own, which is left behind where it takes longer.
+
+    Raises:
+        TrackingError: it does.
+    """
+    done: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(action())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    if not wait([done], seconds).done:
+        raise TrackingError(f"MLflow has not answered for {seconds:.0f} s")
+    done.result()
 
 
 def _flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

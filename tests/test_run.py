@@ -6,12 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparsekit.compare.upload import track
 from sparsekit.errors import DataError, RecordError
 from sparsekit.interfaces import CompensationSettings
 from sparsekit.pruner import LayerReconstructed, StepCompleted
 from sparsekit.run import _degraded, execute, load_registry
 from sparsekit.schedules import Step
 from sparsekit.settings import resolve
+from sparsekit.tracking import default_uri
 
 REGISTRY = load_registry()
 
@@ -217,3 +219,15 @@ def test_a_resumed_estimator_says_where_its_state_lies(tmp_path, monkeypatch):
     assert not asked
     execute(given, REGISTRY, resume=True)
     assert asked == [("mean_diagonal", "cpu"), ("rows", "cpu")]
+
+
+def test_a_tracker_that_does_not_answer_stops_nothing_and_is_told_later(tmp_path):
+    tracked = {"tracking": {"uri": "http://127.0.0.1:9"}}
+    quick = {"estimator": "obs", "schedule": "one-shot", "steps": 1, "finetune": {"epochs": 0}}
+    outcome = execute(settings(tmp_path, **quick, **tracked), REGISTRY)
+    [said] = outcome.record.degraded
+    assert outcome.record.status == "finished"
+    assert said.startswith("tracking: tracking stopped while starting the run: no MLflow server answers at")
+    assert said.endswith(f"'sparsekit track {outcome.path}' tells MLflow later")
+    assert outcome.tracking_uri is None
+    assert track(outcome.path, default_uri(tmp_path / "later"), "x") == (1, 1)

@@ -4,6 +4,9 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -265,6 +268,49 @@ def test_a_start_that_fails_is_kept(tmp_path):
     tracker = Tracker(default_uri(tmp_path))
     tracker.start("a run", {}, {})
     assert "file is not a database" in tracker.failure
+
+
+@pytest.fixture
+def hanging():
+    """The address of a server that takes connections and never answers but for its health."""
+
+    class Hanging(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path != "/health":
+                released.wait(30)
+            self.send_response(200)
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    released = threading.Event()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hanging)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    released.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_hangs_is_waited_for_once_and_not_long(hanging, monkeypatch, tmp_path):
+    monkeypatch.setattr(tracking, "PATIENCE", 0.2)
+    tracker = Tracker(hanging)
+    begun = time.monotonic()
+    tracker.start("a run", {}, {})
+    tracker.metrics({"loss": 1.0})
+    tracker.artifact(tmp_path)
+    tracker.finish()
+    assert time.monotonic() - begun < 5
+    assert tracker.failure == "tracking stopped while starting the run: MLflow has not answered for 0 s"
+
+
+@pytest.mark.parametrize("uri", ["http://", "http://a b", "http://host:port", "http://[::1", "htp://localhost"])
+def test_what_can_be_no_address_is_refused_before_any_work(uri, tmp_path):
+    with pytest.raises(TrackingError, match=r"not valid|knows no addresses"):
+        resolve_uri(uri, tmp_path)
 
 
 def _break(tracker, monkeypatch, error):

@@ -126,7 +126,8 @@ def test_a_dry_run_as_json_shows_resolved_settings(cli):
         (["--pattern", "n:m", "--sparsity", "0.9"], "2:4 removes at most 0.5"),
         (["--set", "include=[nothing.*]"], "matches no parameter"),
         (["--set", "exclude=['*']"], "no prunable parameter"),
-        (["--tracking-uri", "http://127.0.0.1:9"], "no MLflow server answers"),
+        (["--tracking-uri", "http://a b"], "the address of the MLflow server is not valid"),
+        (["--tracking-uri", "htp://localhost"], "MLflow knows no addresses that begin with 'htp://'"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(cli, tmp_path, args, message):
