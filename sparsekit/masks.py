@@ -35,7 +35,7 @@ def read_mask(path: Path) -> dict[str, Tensor]:
         raise RecordError(f"there is no mask '{path}'; give a mask.safetensors or the directory of a finished run")
     try:
         kept, metadata = read_tensors(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise RecordError(
             f"'{file}' cannot be read as a mask ({error}); a safetensors file of bool tensors was needed: "
             "give the mask.safetensors of a run"

@@ -89,8 +89,8 @@ def as_found(model: nn.Module) -> Iterator[nn.Module]:
         with torch.no_grad():
             for buffer, before in buffers:  # such as a counter of calls, set in place or anew
                 buffer.copy_(before)
-            for module, name, buffer in owned:
-                module._buffers[name] = buffer
+            for module, name, found in owned:
+                module._buffers[name] = found
         for module, training in modes.items():
             module.training = training
         for parameter, flag in flags.items():

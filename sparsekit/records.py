@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsekit import checksums
 from sparsekit.errors import DamagedError, RecordError
 from sparsekit.parameters import ParameterSpace
 
@@ -30,6 +31,9 @@ SCHEMA_VERSION = 1
 
 #: Bytes of a tensor from which on a checkpoint looks whether it is on disk already: gradient rows take gigabytes.
 LARGE = 1 << 20
+
+#: The files that a finished run leaves beside its record.
+RESULTS = ("run.yaml", "mask.safetensors", "weights.safetensors")
 
 #: Of every file of a mask: what True in its tensors means.
 MASK_METADATA = {"format": "pt", "meaning": "True = kept"}
@@ -122,6 +126,9 @@ class RunRecord(_Schema):
     peak_memory_bytes: int = Field(default=0, ge=0, description="the largest resident or device memory seen")
     degraded: list[str] = Field(default_factory=list, description="what was permitted to go less well")
     status: Literal["running", "finished"] = "running"
+    files: dict[str, str] = Field(
+        default_factory=dict, description="SHA-256 of the files beside a finished record, by name"
+    )
 
 
 def run_key(identity: Mapping[str, Any]) -> str:
@@ -206,14 +213,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     # A copy each, because safetensors refuses tensors that share memory, and tied weights do.
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(copies, temporary, metadata=dict(metadata))
+        save_file(copies, temporary, metadata={**metadata, checksums.KEY: checksums.of_tensors(copies, metadata)})
 
 
 def read_tensors(path: Path, names: Iterable[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, or those of `names`; metadata) of a safetensors file; raises OSError or SafetensorError."""
+    """(tensors, or those of `names`; metadata) of a safetensors file.
+
+    Raises:
+        OSError, SafetensorError: it cannot be read.
+        ValueError: a tensor is not what its checksum says.
+    """
     with safe_open(path, framework="pt") as file:
         wanted = file.keys() if names is None else names
-        return {name: file.get_tensor(name) for name in wanted}, dict(file.metadata() or {})
+        tensors, metadata = {name: file.get_tensor(name) for name in wanted}, dict(file.metadata() or {})
+    checksums.check_tensors(tensors, metadata)
+    metadata.pop(checksums.KEY, None)
+    return tensors, metadata
 
 
 def _check_kept(kept: Mapping[str, Tensor], space: ParameterSpace, source: str) -> None:
@@ -291,8 +306,9 @@ class RunDirectory:
         except OSError as error:
             raise RecordError(f"cannot read {self.record_path}: {error.strerror}") from error
         try:
-            version = json.loads(content)["schema_version"]
-            record = RunRecord.model_validate_json(content) if version == SCHEMA_VERSION else None
+            text = checksums.unsealed(content)
+            version = json.loads(text)["schema_version"]
+            record = RunRecord.model_validate_json(text) if version == SCHEMA_VERSION else None
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedError(
                 f"{self.record_path} is not a whole record ({type(error).__name__}); "
@@ -307,7 +323,25 @@ class RunDirectory:
 
     def write(self, record: RunRecord) -> None:
         """Put `record.json` in the place of the one before, whole."""
-        atomic_write(self.record_path, record.model_dump_json(indent=2).encode() + b"\n")
+        atomic_write(self.record_path, checksums.sealed(record.model_dump_json()))
+
+    def results(self) -> dict[str, str]:
+        """The checksums of the files that a finished run leaves beside its record, by name, where there are any."""
+        paths = [self.path / name for name in RESULTS]
+        with _reported("read", self.path):
+            return {path.name: checksums.of_file(path) for path in paths if path.exists()}
+
+    def check_results(self, record: RunRecord) -> None:
+        """Refuse a finished run whose files are not what it wrote.
+
+        Raises:
+            DamagedError: one is absent or changed.
+        """
+        found = self.results()
+        for name, checksum in record.files.items():
+            if found.get(name) != checksum:
+                what = "is gone" if name not in found else "is not what the run wrote"
+                raise DamagedError(f"{self.path / name} {what}; do the run again with --fresh")
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """`run.yaml`: the settings, from which the run can be repeated."""
@@ -401,8 +435,10 @@ class RunDirectory:
         self._remove(self.checkpoint_path)
 
     def discard(self) -> None:
-        """Remove the run's folder and all that is in it."""
+        """Remove the run's folder and all that is in it, the record first: it must not speak of what is gone."""
         self._forget_part()
+        with _reported("remove", self.record_path):
+            self.record_path.unlink(missing_ok=True)
         self._remove(self.path)
 
     @staticmethod

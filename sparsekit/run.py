@@ -187,6 +187,7 @@ def execute(
     with directory.lock():
         found = None if fresh else directory.read()
         if found is not None and found.status == "finished":
+            directory.check_results(found)
             return Outcome(found, directory.path, True, _tracked_at(found))
         if found is not None and not resume:
             raise RecordError(
@@ -457,7 +458,7 @@ class _Driver:
         degraded = list(self.record.degraded)
         if tracker.failure is not None:
             degraded.append(f"tracking: {tracker.failure}")
-        self._update(status="finished", finished=now(), degraded=degraded)
+        self._update(status="finished", finished=now(), degraded=degraded, files=self.directory.results())
         tracker.artifact(self.directory.record_path)
         tracker.finish("FINISHED")
         self.directory.clear_checkpoints()

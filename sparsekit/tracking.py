@@ -13,6 +13,7 @@ import sqlite3
 import time
 import urllib.error
 import urllib.request
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -84,6 +85,8 @@ def initialise(uri: str, experiment: str = "sparsekit", artifact_root: Path | No
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f"{path.name}.lock"), timeout=120):
+            if not path.exists():
+                _make_database(path)
             _check_database(path)
             _ensure_experiment(uri, experiment, (artifact_root or path.parent / "mlartifacts").resolve())
 
@@ -106,6 +109,17 @@ def _check_server(uri: str) -> None:
             f"no MLflow server answers at {uri} ({reason}); start it, give another --tracking-uri, "
             "or run with --no-tracking"
         ) from error
+
+
+def _make_database(path: Path) -> None:
+    """MLflow's tables, made under another name: a kill while they are leaves no half a database in the way."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")  # MLflow knows a store by its address
+    for stale in path.parent.glob(f".{path.name}.*.new*"):  # of one that was killed, with its journal
+        stale.unlink()
+    _client(default_uri(path.parent).rpartition("/")[0] + "/" + quote(beside.name)).search_experiments()
+    with closing(sqlite3.connect(beside)) as connection:  # all of it in the one file
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    os.replace(beside, path)
 
 
 def _check_database(path: Path) -> None:

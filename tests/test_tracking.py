@@ -367,3 +367,15 @@ def test_tracking_a_first_run_says_nothing_and_sends_nothing(tmp_path):
 
 def test_the_lock_lies_beside_the_database(uri):
     assert Path(unquote(uri.removeprefix("sqlite:///")) + ".lock").is_file()
+
+
+def test_a_database_that_was_not_finished_is_in_nobodys_way(tmp_path, monkeypatch):
+    uri = default_uri(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking.os, "replace", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            initialise(uri)
+    (tmp_path / ".mlflow.db.0.new").write_bytes(b"half a database")
+    assert not (tmp_path / "mlflow.db").exists()
+    initialise(uri)
+    assert (tmp_path / "mlflow.db").exists() and not list(tmp_path.glob(".mlflow.db.*new*"))

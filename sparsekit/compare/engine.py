@@ -321,9 +321,12 @@ class Engine:
             return False
         try:
             record = RunDirectory(path).read()
+            if record is None or record.status != "finished":
+                return False
+            RunDirectory(path).check_results(record)
         except RecordError:
             return False
-        return record is not None and record.status == "finished"
+        return True
 
 
 def _survived(executor: Executor, job: tuning.Search, future: Future[Tuned]) -> Tuned:
