@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparsekit.errors import DataError, ModelError, SettingsError
+from sparsekit.errors import DataError, DegradedWarning, ModelError, SettingsError
 from sparsekit.interfaces import ReconstructionSettings, measure
 from sparsekit.likelihoods import Likelihood, Loss, as_likelihood
 from sparsekit.objective import Batch, Objective, pairs
@@ -20,7 +21,7 @@ from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.provenance import available_memory
 from sparsekit.pruner import Metrics, Pruner, StepCompleted
 from sparsekit.reconstruction import Reconstruction
-from sparsekit.run import load_registry
+from sparsekit.run import degradations, load_registry
 from sparsekit.schedules import plan
 from sparsekit.settings import resolve
 
@@ -36,6 +37,8 @@ class Pruned:
         dense: metrics before.
         steps: one event a cut, with metrics, predicted and measured increase, seconds.
         skipped: name -> why a parameter was not pruned.
+        degraded: what went less well, a sentence each: a layer that is gone, a solve that did not converge. Each is
+            a `DegradedWarning` too.
     """
 
     model: nn.Module
@@ -44,6 +47,7 @@ class Pruned:
     dense: Metrics
     steps: Sequence[StepCompleted]
     skipped: Mapping[str, str]
+    degraded: Sequence[str] = ()
 
 
 @contextmanager
@@ -165,7 +169,11 @@ def prune(
     )
     done = [event for event in pruner.run() if isinstance(event, StepCompleted)]
     mask = pruner.state.mask or Mask.full(space.size, device)
-    return Pruned(model, space.unflatten(mask.kept), mask.sparsity, pruner.state.dense or {}, done, space.skipped)
+    degraded = [line for event in done for line in degradations(event, pruner.compensation)]
+    for line in degraded:
+        warnings.warn(line, DegradedWarning, stacklevel=2)
+    kept, dense = space.unflatten(mask.kept), pruner.state.dense or {}
+    return Pruned(model, kept, mask.sparsity, dense, done, space.skipped, degraded)
 
 
 def _check_supported(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekit.collapse import constant_outputs, emptied, silenced
 from sparsekit.curvature import GaussNewton
 from sparsekit.errors import CurvatureError, SettingsError
 from sparsekit.finetune import finetune
@@ -82,6 +83,8 @@ class Cut:
         iterations, residual: of the joint solve.
         fell_back: whether joint compensation came out worse than none, which was applied instead.
         seconds: by phase.
+        collapsed: a sentence for each tensor whose last weights this cut took, and one where the output depends no
+            longer on the input, or more than half of it.
     """
 
     damping: float
@@ -93,6 +96,7 @@ class Cut:
     residual: float
     fell_back: bool
     seconds: Metrics
+    collapsed: Sequence[str] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -291,11 +295,16 @@ class Pruner:
         clock.lap("curvature")
 
         yield self._started("removal", step)
-        known = len(objective.batches) > 0  # type: ignore[arg-type]
+        calibration: Sequence[Batch] = objective.batches  # type: ignore[assignment]
+        known = len(calibration) > 0
         before = objective.loss() if known else math.nan
+        mask, constant = self.state.mask, constant_outputs(self.model, calibration)
+        assert mask is not None
         removal = self._cut(step, inverse, objective)
+        assert self.state.mask is not None
         clock.lap("removal")
         after = objective.loss() if known else math.nan
+        now_constant = constant_outputs(self.model, calibration)
         clock.lap("measure")
         self.state.cut = Cut(
             damping=inverse.damping,
@@ -307,6 +316,7 @@ class Pruner:
             iterations=removal.iterations,
             residual=removal.residual,
             fell_back=removal.fell_back,
+            collapsed=(*emptied(self.space, mask, self.state.mask), *silenced(constant, now_constant)),
             seconds=dict(clock.seconds),
         )
         clock.seconds.clear()

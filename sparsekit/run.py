@@ -411,7 +411,7 @@ class _Driver:
                 "levels": levels,
                 "steps": steps,
                 "seconds": seconds,
-                "degraded": [*record.degraded, *_degraded(event, pruner.compensation)],
+                "degraded": [*record.degraded, *degradations(event, pruner.compensation)],
                 "peak_memory_bytes": max(record.peak_memory_bytes, peak_memory(self.model)),
             }
         )
@@ -464,7 +464,7 @@ class _Driver:
         self.directory.clear_checkpoints()
 
 
-def _degraded(event: StepCompleted, how: CompensationSettings) -> list[str]:
+def degradations(event: StepCompleted, how: CompensationSettings) -> list[str]:
     """What went less well in a step, a sentence each with what to do."""
     found, step = [], f"step {event.step.index}"
     if how.how == "exact" and event.residual > how.tolerance:
@@ -483,4 +483,4 @@ def _degraded(event: StepCompleted, how: CompensationSettings) -> list[str]:
             f"{event.loss:.2g}, so the quadratic model does not hold there and the gradient's step may ruin the "
             "network; use a larger estimator.damping, or compensation.first_order < 1 (and the saliency's)"
         )
-    return found
+    return [*found, *(f"{step}: {line}" for line in event.collapsed)]

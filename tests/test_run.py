@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from sparsekit.errors import DataError, RecordError
 from sparsekit.interfaces import CompensationSettings
 from sparsekit.pruner import LayerReconstructed, StepCompleted
-from sparsekit.run import _degraded, execute, load_registry
+from sparsekit.run import degradations, execute, load_registry
 from sparsekit.schedules import Step
 from sparsekit.settings import resolve
 
@@ -182,7 +182,14 @@ def test_joint_compensation_predicts_no_more_than_none(tmp_path):
 def completed(**changes):
     step = Step(index=2, sparsity=0.5, restart=False, refresh=True, finetune=False, level=0, completes_level=True)
     given = {field.name: None for field in fields(StepCompleted)}
-    given |= {"step": step, "loss": 0.5, "predicted_increase": 0.1, "residual": 0.0, "fell_back": False}
+    given |= {
+        "step": step,
+        "loss": 0.5,
+        "predicted_increase": 0.1,
+        "residual": 0.0,
+        "fell_back": False,
+        "collapsed": (),
+    }
     return StepCompleted(**given | changes)
 
 
@@ -194,11 +201,12 @@ def completed(**changes):
         ({"predicted_increase": float("nan")}, []),
         ({"predicted_increase": -0.51}, ["would take it below zero from 0.5.*compensation.first_order < 1"]),
         ({"fell_back": True}, ["joint compensation came out worse than none"]),
+        ({"collapsed": ("all 4 weights of 'a' are removed",)}, ["all 4 weights of 'a' are removed$"]),
     ],
-    ids=["", "a possible decrease", "unknown", "an impossible decrease", "fell back"],
+    ids=["", "a possible decrease", "unknown", "an impossible decrease", "fell back", "collapsed"],
 )
 def test_what_went_less_well_is_listed(changes, expected):
-    found = _degraded(completed(**changes), CompensationSettings())
+    found = degradations(completed(**changes), CompensationSettings())
     assert len(found) == len(expected)
     assert all(re.match(f"step 2: .*{text}", line) for text, line in zip(expected, found, strict=True))
 
