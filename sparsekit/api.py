@@ -24,6 +24,7 @@ from sparsekit.reconstruction import Reconstruction
 from sparsekit.run import degradations, load_registry
 from sparsekit.schedules import plan
 from sparsekit.settings import resolve
+from sparsekit.unused import used
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def prune(
         finetune: settings such as {"epochs": 1, "learning_rate": 0.01}; without it there is none. `batch_size` is not
             among them: the batches are those of `data`.
         evaluation: batches, or model -> metrics; by default the loss and accuracy on `data`.
-        include: shell patterns of parameter names to prune; by default weights of two or more dimensions.
+        include: shell patterns of parameter names to prune; by default what layers multiply with, see
+            `ParameterSpace.of`, but for what the loss does not depend on.
         exclude: shell patterns that win over `include`.
         seed: of sampled labels and everything else that is random.
         inplace: prune `model` itself rather than a copy.
@@ -136,10 +138,12 @@ def prune(
     resolved.classes["estimator"].check(model, space, resolved.options["estimator"], available_memory(device))
     batches: Iterable[Batch] = list(data) if isinstance(data, Iterator) else data
     Objective(model, likelihood, batches, space).check()
+    options: Any = resolved.options["estimator"]
+    examples = _calibration(batches, options)
+    space, degraded = used(Objective(model, likelihood, examples, space), included=include is not None)
     how = resolved.settings.reconstruction
     if how.how != "none":
         Reconstruction.check(model, space, _anchors(batches, how), how, available_memory(device).device)
-    options: Any = resolved.options["estimator"]
     judge: Iterable[Batch] | Callable[[nn.Module], Metrics] = batches if evaluation is None else evaluation
     if isinstance(judge, Iterator):
         judge = list(judge)
@@ -169,7 +173,7 @@ def prune(
     )
     done = [event for event in pruner.run() if isinstance(event, StepCompleted)]
     mask = pruner.state.mask or Mask.full(space.size, device)
-    degraded = [line for event in done for line in degradations(event, pruner.compensation)]
+    degraded += [line for event in done for line in degradations(event, pruner.compensation)]
     for line in degraded:
         warnings.warn(line, DegradedWarning, stacklevel=2)
     kept, dense = space.unflatten(mask.kept), pruner.state.dense or {}

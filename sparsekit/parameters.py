@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Self
@@ -134,6 +134,18 @@ class ParameterSpace:
                 )
         owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in shapes}
         return cls(shapes, skipped=skipped, total=sum(t.numel() for t in named.values()), owners=owners)
+
+    def without(self, reasons: Mapping[str, str]) -> ParameterSpace:
+        """The space less some of its tensors, name -> why it is skipped; itself where there are none."""
+        if not reasons:
+            return self
+        rest = [info for info in self.parameters if info.name not in reasons]
+        out = ParameterSpace(
+            {info.name: info.shape for info in rest}, skipped={**self.skipped, **reasons}, total=self.total
+        )
+        out.parameters = tuple(replace(old, start=new.start) for old, new in zip(rest, out.parameters, strict=True))
+        out._by_name = {info.name: info for info in out.parameters}
+        return out
 
     def __len__(self) -> int:
         return len(self.parameters)

@@ -28,6 +28,7 @@ from sparsekit.schedules import Step, plan
 from sparsekit.settings import ResolvedRun
 from sparsekit.sharing import SharedStatistics
 from sparsekit.tracking import NullTracker, Tracker, initialise, resolve_uri
+from sparsekit.unused import used
 
 #: Seconds between checkpoints within a step, whose layers are reconstructed one by one.
 SAVE_EVERY = 30.0
@@ -86,14 +87,18 @@ def preview(resolved: ResolvedRun) -> Preview:
     settings = resolved.settings
     network = task.network()
     space = ParameterSpace.of(network, include=settings.include, exclude=settings.exclude)
-    pattern = resolved.build("pattern")
-    for sparsity in resolved.sparsity:
-        pattern.count(space, sparsity)
+    _check_sparsities(resolved, space)
     estimator, options = resolved.classes["estimator"], resolved.options["estimator"]
     estimator.check(network, space, options, available_memory(device))
     structures = dict(estimator.describe(space, options))
     memory = estimator.memory(space, options)
     return Preview(space, planned(resolved), memory, structures, resolved.as_dict(), str(device))
+
+
+def _check_sparsities(resolved: ResolvedRun, space: ParameterSpace) -> None:
+    pattern = resolved.build("pattern")
+    for sparsity in resolved.sparsity:
+        pattern.count(space, sparsity)
 
 
 def planned(resolved: ResolvedRun) -> list[Step]:
@@ -194,13 +199,19 @@ def execute(
                 f"an unfinished run with these settings is in {directory.path}; "
                 "go on with --resume, or start again with --fresh"
             )
-        batch_size: int = resolved.options["estimator"].batch_size  # type: ignore[attr-defined]
-        first = task.batches("train", batch_size=batch_size, limit=batch_size)
+        options: Any = resolved.options["estimator"]
+        first = task.batches("train", batch_size=options.batch_size, limit=options.batch_size)
         Objective(model, task.likelihood, first, shown.space).check()  # nothing is written for what cannot work
+        examples = task.batches("train", batch_size=options.batch_size, limit=options.examples)
+        objective = Objective(model, task.likelihood, examples, shown.space)
+        space, degraded = used(objective, included=settings.include is not None)
+        if space is not shown.space:
+            _check_sparsities(resolved, space)
+            estimator = resolved.build("estimator", space)
         anchors = settings.reconstruction
         if anchors.how != "none":
             few = list(task.batches("train", batch_size=anchors.batch_size, limit=anchors.examples))
-            Reconstruction.check(model, shown.space, few, anchors, available_memory(device).device)
+            Reconstruction.check(model, space, few, anchors, available_memory(device).device)
         if uri is not None:
             initialise(uri, settings.tracking.experiment)  # an address that cannot work is said now, not later
         if fresh:
@@ -214,17 +225,14 @@ def execute(
             started=now(),
             machine=machine(device),
             plugins=plugins_used(resolved, registry),
-            structures=shown.structures,
-            parameters={
-                "prunable": shown.space.size,
-                "total": shown.space.total,
-                "skipped": shown.space.skipped,
-            },
+            structures={name: how for name, how in shown.structures.items() if name in space},
+            parameters={"prunable": space.size, "total": space.total, "skipped": space.skipped},
             path="independent" if resolved.independent else "sequential",
             dense={},
             seconds={"prepare": prepared},
+            degraded=degraded,
         )
-        driver = _Driver(resolved, task, model, shown.space, estimator, directory, record, uri, shared)
+        driver = _Driver(resolved, task, model, space, estimator, directory, record, uri, shared)
         finished = driver.run(resume and found is not None, listener, progress)
     return Outcome(finished, directory.path, False, uri)
 
