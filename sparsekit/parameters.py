@@ -125,8 +125,9 @@ class ParameterSpace:
             reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "it has no parameters"
             raise ModelError(f"the model has no prunable parameter ({reasons}); include some by name")
         for prefix, advice in _computed(model):
-            asked = (name for name in named if include is None or name in shapes)
-            found = next((n for n in asked if n.startswith(prefix) and skipped.get(n) != EXCLUDED), None)
+            # by default these have another name than the weight that would be pruned
+            asked = (name for name in named if name in shapes or skipped[name] == NOT_MULTIPLIED)
+            found = next((name for name in asked if name.startswith(prefix)), None)
             if found is not None:
                 raise ModelError(
                     f"'{found}' is what a weight is computed from at each call, so that zeros in it are none in the "
@@ -234,7 +235,7 @@ def _why_skipped(
 ) -> str | None:
     multiplied = any(word in name.rpartition(".")[2].lower() for word in MULTIPLIED)
     reasons = {
-        EXCLUDED: any(_matches(name, pattern) for pattern in exclude),
+        "excluded by name": any(_matches(name, pattern) for pattern in exclude),
         f"not floating point ({tensor.dtype})": not tensor.is_floating_point(),
         "it has no entries": not tensor.numel(),
     }
@@ -245,13 +246,13 @@ def _why_skipped(
             "frozen (requires_grad=False)": not tensor.requires_grad,
             "fewer than two dimensions (bias or normalisation)": tensor.dim() < 2,
             "normalisation": normalisation,
-            "no layer's weight by its name (a scale, a token or a table); include it to prune it": not multiplied,
+            NOT_MULTIPLIED: not multiplied,
         }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-#: Why a parameter is left alone that `exclude` names.
-EXCLUDED = "excluded by name"
+#: Why a parameter is left alone that no layer is known to multiply with.
+NOT_MULTIPLIED = "no layer's weight by its name (a scale, a token or a table); include it to prune it"
 
 #: Modules whose parameters scale what passes, whatever their shape.
 NORMALISATION = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
@@ -265,7 +266,10 @@ def _computed(model: nn.Module) -> Iterator[tuple[str, str]]:
     for name, module in model.named_modules():
         own = f"{name}." if name else ""
         if parametrize.is_parametrized(module):
-            yield f"{own}parametrizations.", "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+            assert isinstance(module.parametrizations, nn.ModuleDict)
+            for tensor in module.parametrizations:
+                advice = f"call torch.nn.utils.parametrize.remove_parametrizations(layer, '{tensor}')"
+                yield f"{own}parametrizations.{tensor}.", advice
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, BasePruningMethod):
                 yield f"{own}{hook._tensor_name}_orig", "call torch.nn.utils.prune.remove(layer, 'weight')"

@@ -74,6 +74,20 @@ def test_weights_that_are_computed_at_each_call_are_refused(change, advice):
     assert ParameterSpace.of(model, include=["1.weight"]).names == ("1.weight",)
 
 
+def test_parametrised_layers_that_nobody_prunes_are_let_be():
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    nn.utils.parametrizations.orthogonal(layers[0]).requires_grad_(False)  # frozen
+    nn.utils.parametrize.register_parametrization(layers[1], "bias", nn.Tanh())
+    assert ParameterSpace.of(layers).names == ("1.weight", "2.weight")
+
+
+def test_the_advice_names_the_tensor_that_is_computed():
+    attention = nn.MultiheadAttention(4, 2)
+    nn.utils.parametrize.register_parametrization(attention, "in_proj_weight", nn.Tanh())
+    with pytest.raises(ModelError, match=r"remove_parametrizations\(layer, 'in_proj_weight'\) first"):
+        ParameterSpace.of(attention)
+
+
 def test_a_name_with_brackets_is_the_name_itself():
     model = nn.Module()
     model.add_module("a[0]", nn.Linear(2, 2))
