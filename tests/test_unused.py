@@ -9,6 +9,7 @@ from torch import nn
 
 import sparsekit
 from sparsekit import Categorical, Objective, ParameterSpace
+from sparsekit.cli.display import print_summary
 from sparsekit.run import execute, load_registry
 from sparsekit.settings import resolve
 from sparsekit.tasks import Digits
@@ -150,10 +151,15 @@ def trained(task, model, plain):
 
 
 @pytest.mark.parametrize("included", [False, True])
-def test_a_run_records_what_it_does_not_count(tmp_path, with_aux, included):
+def test_a_run_records_and_says_what_it_does_not_count(tmp_path, with_aux, included, capsys):
     raw = {"estimator": "obs", "sparsity": [0.5], "output": str(tmp_path), "tracking": {"enabled": False}}
     raw |= {"include": ["*weight"]} if included else {}
-    record = execute(resolve(raw, load_registry()), load_registry()).record
+    outcome = execute(resolve(raw, load_registry()), load_registry())
+    record = outcome.record
+    print_summary(outcome)
+    told = capsys.readouterr().out
+    assert ("Not counted, as no gradient reaches them: aux.weight." in told) is not included
+    assert ("degraded: no gradient reaches 'aux.weight'" in told) is included
     on_disk = json.loads(next(tmp_path.glob("*/record.json")).read_text())
     assert ("aux.weight" in record.levels[0].layer_sparsity) is included
     assert (on_disk["parameters"]["skipped"].get("aux.weight") == UNUSED) is not included

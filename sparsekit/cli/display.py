@@ -17,6 +17,7 @@ from sparsekit.pruner import Event, PhaseStarted, StepCompleted
 from sparsekit.run import Outcome, Preview, planned
 from sparsekit.settings import ResolvedRun
 from sparsekit.tracking import ui_command
+from sparsekit.unused import UNUSED
 
 
 class ProgressDisplay:
@@ -150,6 +151,9 @@ def print_summary(outcome: Outcome) -> None:
     console.print(table)
     spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in record.seconds.items())
     console.print(f"{record.parameters['prunable']:,} prunable weights. Seconds: {spent}.")
+    idle = [name for name, why in record.parameters["skipped"].items() if why == UNUSED]
+    if idle:
+        console.print(escape(f"Not counted, as no gradient reaches them: {', '.join(idle)}."))
     console.print(f"Peak memory {record.peak_memory_bytes / 2**20:,.0f} MiB. Levels: {record.path}.")
     for line in record.degraded:
         console.print(f"[yellow]degraded:[/] {escape(line)}")
@@ -190,6 +194,7 @@ def print_preview(preview: Preview, as_json: bool) -> None:
     for name, reason in space.skipped.items():
         table.add_row(name, "", f"skipped: {reason}")
     console.print(table)
+    console.print("What no gradient reaches is found in the run, by its first examples, and left out unless included.")
     cuts = ", ".join(f"{s.sparsity:.1%}{'*' if s.refresh else ''}" for s in preview.steps)
     console.print(f"Steps (* refreshes the curvature): {cuts}")
     console.print(

@@ -101,6 +101,11 @@ def test_a_dry_run_writes_nothing(cli, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_says_that_it_does_not_know_what_is_unused(cli):
+    _, out, _ = cli("run", "--dry-run")
+    assert "What no gradient reaches is found in the run" in " ".join(out.split())
+
+
 def test_a_dry_run_as_json_shows_resolved_settings(cli):
     _, out, _ = cli("run", "--dry-run", "--json", "--set", "estimator.damping=1e-3")
     assert json.loads(out)["settings"]["estimator"]["damping"] == 1e-3
