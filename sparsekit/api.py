@@ -99,7 +99,7 @@ def prune(
         finetune: settings such as {"epochs": 1, "learning_rate": 0.01}; without it there is none. `batch_size` is not
             among them: the batches are those of `data`.
         evaluation: batches, or model -> metrics; by default the loss and accuracy on `data`.
-        include: shell patterns of parameter names to prune; by default weights of two or more dimensions.
+        include: shell patterns of parameter names to prune; by default the weights of layers, see `ParameterSpace.of`.
         exclude: shell patterns that win over `include`.
         seed: of sampled labels and everything else that is random.
         inplace: prune `model` itself rather than a copy.
