@@ -1,7 +1,7 @@
 """Second-order pruning of neural networks."""
 
 from sparsekit.api import Pruned, prune
-from sparsekit.curvature.rows import FisherKind
+from sparsekit.curvature.vectors import FisherKind
 from sparsekit.errors import (
     CurvatureError,
     DataError,

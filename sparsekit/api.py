@@ -87,8 +87,10 @@ def prune(
         model: any module from one tensor of inputs to one of outputs, on the CPU or a CUDA device; MPS lacks the
             float64 that sums are taken in.
         data: batches (inputs, targets), pairs of tensors, of training examples; calibration and fine-tuning use them.
-        loss: 'categorical', 'bernoulli', 'gaussian', a plain torch loss, or a `Likelihood`. Any other callable
-            has no distribution to sample labels from: then give the estimator fisher='empirical'.
+        loss: 'categorical', 'bernoulli', 'gaussian', a `Likelihood`, or torch's cross-entropy, negative
+            log-likelihood, binary cross-entropy with logits or squared error, with class weights, ignored index and
+            label smoothing as they are. Any other callable must be a mean (or sum) over the examples, and has no
+            distribution to sample labels from: then give the estimator fisher='empirical'.
         sparsity: fraction of the prunable weights to remove, in [0, 1).
         estimator: a name, or a mapping with `name` and settings: {"name": "fishleg", "examples": 512}.
         saliency: the same.

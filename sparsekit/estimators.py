@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sparsekit.curvature import averaged_rows, block_moments, gradient_rows
-from sparsekit.curvature.rows import FisherKind
+from sparsekit.curvature.vectors import FisherKind
 from sparsekit.errors import CurvatureError, DataError
 from sparsekit.interfaces import CurvatureEstimator, EstimatorSettings, Memory
 from sparsekit.linalg import BlockDiagonal, Diagonal, DiagonalPlusLowRank, DirectSum, LinearOperator

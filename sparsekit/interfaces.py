@@ -13,10 +13,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from sparsekit.curvature.rows import FisherKind
+from sparsekit.curvature.vectors import FisherKind
 from sparsekit.errors import CurvatureError, SettingsError
 from sparsekit.likelihoods import Likelihood
-from sparsekit.objective import Batch, Objective, as_found, pairs
+from sparsekit.objective import Batch, Mean, Objective, as_found, pairs
 from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.removal import Compensation, InverseFisher
 
@@ -196,9 +196,16 @@ class CurvatureEstimator(ABC):
         if not gamma > 0:
             raise CurvatureError(
                 f"damping {self.settings.damping} relative to a mean Fisher diagonal of {mean_diagonal} is not "
-                "positive: the gradients vanish; use damping_scale='absolute'"
+                f"positive: {self._why_zero()}"
             )
         return gamma
+
+    def _why_zero(self) -> str:
+        """What makes the diagonal vanish, and what to do."""
+        return (
+            "no prunable weight changes the loss of an example that is taken alone (dead units, a network that "
+            "subtracts the mean of its batch, a loss that is flat); mend that, or set damping_scale='absolute'"
+        )
 
 
 @dataclass(frozen=True)
@@ -483,25 +490,19 @@ class Task(ABC):
 def measure(model: nn.Module, likelihood: Likelihood, batches: Iterable[Batch]) -> dict[str, float]:
     """The mean loss over the examples, and accuracy in [0, 1] where the likelihood has one.
 
+    Both over the positions that count, whatever the batches.
+
     Raises:
         DataError, ModelError: a batch is no pair of tensors, or the model's output is none.
     """
     device = next(model.parameters()).device
-    loss, right, count, judged, has_accuracy = 0.0, 0.0, 0.0, 0.0, True
+    loss, right, has_accuracy = Mean(), Mean(), True
     with as_found(model), torch.no_grad():
         for inputs, targets in pairs(batches, device):
             output = model(inputs)
-            share, counted = likelihood.share(targets), likelihood.counted(targets)
-            scale = 1.0 if share is None else share / len(targets)
-            loss += scale * float(likelihood.losses(output, targets).double().sum())
-            count += scale * len(targets)
+            loss.add(likelihood.losses(output, targets), likelihood.divisor(targets))
             accuracy = likelihood.accuracy(output, targets)
             has_accuracy = accuracy is not None
             if accuracy is not None:
-                scale = 1.0 if counted is None else float(counted.double().mean())
-                right += scale * float(accuracy.sum())
-                judged += scale * len(targets)
-    figures = {"loss": loss / (count or 1)}
-    if has_accuracy:
-        figures["accuracy"] = right / (judged or 1)
-    return figures
+                right.add(accuracy, likelihood.counted(targets))
+    return {"loss": loss.value} | ({"accuracy": right.value} if has_accuracy else {})

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -107,12 +108,15 @@ class Objective:
         batches: the examples, (inputs, targets) batch by batch; a sequence or anything else that can be
             iterated over again and gives the same examples each time.
         space: the weights that count.
+        share: what an example adds to what the likelihood's mean divides by, on average; counted where None. Of
+            some of an objective's batches give that of the whole, `mean_share`, so that weights stay comparable.
     """
 
     model: nn.Module
     likelihood: Likelihood
     batches: Iterable[Batch]
     space: ParameterSpace
+    share: float | None = None
 
     @property
     def device(self) -> torch.device:
@@ -128,22 +132,28 @@ class Objective:
         """The batches, moved to the model's device; a DataError where one is no pair of tensors, see `pairs`."""
         yield from pairs(self.batches, self.device)
 
-    def scale(self, targets: Tensor) -> float:
-        """How much an example of this batch counts beside those of others, 1 where all do alike."""
-        share = self.likelihood.share(targets)
-        return 1.0 if share is None else share / len(targets)
-
-    def mean_scale(self) -> float:
-        """The mean of `scale` over the examples, by a pass over the targets.
+    @cached_property
+    def mean_share(self) -> float:
+        """What an example adds to what the likelihood's mean divides by, over all examples; reads targets alone.
 
         Raises:
-            DataError: no target counts.
+            DataError: the targets are all ignored.
         """
+        if self.share is not None:
+            return self.share
         total, count = 0.0, 0
         for _, targets in pairs(self.batches):
-            total += self.scale(targets) * len(targets)
+            total += self.likelihood.divisor(targets)
             count += len(targets)
-        return counting(total / some(count))
+        return counting(total, count) / count
+
+    def weighted(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """The batches on the model's device, each with what its examples weigh in the mean over all, 1 on average.
+
+        Only a likelihood's weights of positions make it another number than 1.
+        """
+        for inputs, targets in self.on_device():
+            yield inputs, targets, self.likelihood.divisor(targets) / len(targets) / self.mean_share
 
     def check(self) -> None:
         """One batch through the model and the loss, so that what cannot be used is refused before any work.
@@ -159,7 +169,6 @@ class Objective:
                         f"the data's inputs are {inputs.dtype}, the model {self.dtype}; convert one of them"
                     )
                 output = self.model(inputs)
-                self.likelihood.check(output, targets)
                 _check_examples_stand_alone(self.model, inputs, output)
                 losses = self.likelihood.losses(output, targets)
                 if not bool(losses.isfinite().all()):
@@ -174,33 +183,31 @@ class Objective:
 
     def loss(self) -> float:
         """L(w) at the model's present weights."""
-        total, count, examples = 0.0, 0.0, 0
+        total, count = 0.0, 0
         with as_found(self.model), torch.no_grad():
-            for inputs, targets in self.on_device():
-                losses, scale = self.likelihood.losses(self.model(inputs), targets), self.scale(targets)
-                total += scale * float(losses.double().sum())
-                count += scale * len(losses)
-                examples += len(losses)
-        some(examples)
-        return finite_loss(total / counting(count))
+            for inputs, targets, weight in self.weighted():
+                losses = self.likelihood.losses(self.model(inputs), targets)
+                total += float(losses.double().sum()) * weight
+                count += len(losses)
+        return finite_loss(total / some(count))
 
     def gradient(self) -> Tensor:
         """∇L(w), (n,)."""
-        total, count = None, 0.0
+        total, count = None, 0
         with as_found(self.model), torch.enable_grad():
             tensors = self.space.tensors(self.model)
             for parameter in tensors.values():
                 parameter.requires_grad_(True)
-            for inputs, targets in self.on_device():
-                losses, scale = self.likelihood.losses(self.model(inputs), targets), self.scale(targets)
-                gradients = torch.autograd.grad(scale * losses.sum(), list(tensors.values()), materialize_grads=True)
+            for inputs, targets, weight in self.weighted():
+                losses = self.likelihood.losses(self.model(inputs), targets)
+                gradients = torch.autograd.grad(losses.sum() * weight, list(tensors.values()), materialize_grads=True)
                 flat = self.space.flatten(dict(zip(tensors, gradients, strict=True)))
                 total = flat if total is None else total + flat
-                count += scale * len(losses)
+                count += len(losses)
         if total is None:
-            some(0)
+            some(count)
             raise AssertionError
-        return total / counting(count)
+        return total / count
 
 
 def _check_examples_stand_alone(model: nn.Module, inputs: Tensor, output: Tensor) -> None:
@@ -231,18 +238,45 @@ def _check_examples_stand_alone(model: nn.Module, inputs: Tensor, output: Tensor
     )
 
 
+class Mean:
+    """A mean over examples, batch by batch, in one pass.
+
+    Each batch has a mean of its own, divided by whatever it was; batches count in proportion to that.
+    """
+
+    def __init__(self) -> None:
+        self._total, self._count, self._examples, self._unit = 0.0, 0.0, 0, 0.0
+
+    def add(self, values: Tensor, divisor: float) -> None:
+        """A batch's values, (N,)."""
+        share = divisor / len(values)
+        self._examples += len(values)
+        if share:  # else all are ignored
+            self._unit = self._unit or share  # so that shares that are alike count exactly 1
+            self._total += float(values.double().sum()) * (share / self._unit)
+            self._count += len(values) * (share / self._unit)
+
+    @property
+    def value(self) -> float:
+        """The mean; 0 without any examples."""
+        return self._total / counting(self._count, self._examples) if self._examples else 0.0
+
+
+def counting(total: float, examples: int) -> float:
+    """What a mean over so many examples divides by, which must not be zero."""
+    if some(examples) and not total:
+        raise DataError(
+            f"the targets of all {examples} examples are ignored, or their classes have no weight: mend the data, or "
+            "give another ignore_index or weight to the loss"
+        )
+    return total
+
+
 def some(count: int) -> int:
     """The count, which must not be zero."""
     if count == 0:
         raise DataError("the data gave no batch; at least one batch of (inputs, targets) is needed")
     return count
-
-
-def counting(total: float) -> float:
-    """The weight of all targets, which must not be zero."""
-    if not total > 1e-9:
-        raise DataError("none of the data's targets counts: all are ignored, or of classes of weight zero")
-    return total
 
 
 def finite_loss(value: float) -> float:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from sparsekit.curvature.attention import plain_attention
 from sparsekit.curvature.calls import Call, Norm, Piece, Seen, WeightCalls
-from sparsekit.curvature.rows import FisherKind, gradient_rows
+from sparsekit.curvature.rows import gradient_rows
+from sparsekit.curvature.vectors import FisherKind
 from sparsekit.errors import CurvatureError, DataError, ModelError, SettingsError
 from sparsekit.interfaces import ReconstructionSettings
 from sparsekit.linalg import KroneckerDiagonal, LinearOperator, RepeatedBlock

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.curvature.attention import plain_attention
-from sparsekit.objective import Objective, as_found, counting
+from sparsekit.objective import Objective, as_found, some
 
 
 class GaussNewton:
@@ -25,31 +25,27 @@ class GaussNewton:
         """F V for V (n,) or (n, k)."""
         columns = V[:, None] if V.dim() == 1 else V
         total = torch.zeros_like(columns)
-        count = 0.0
+        count = 0
         model, space = self.objective.model, self.objective.space
         with as_found(model), plain_attention():
             named = {name: p.detach() for name, p in model.named_parameters()}
             primals = {name: named[name] for name in space.names}
             rest = {name: p for name, p in named.items() if name not in primals} | dict(model.named_buffers())
-            for inputs, targets in self.objective.on_device():
+            for inputs, targets, weight in self.objective.weighted():
 
                 def forward(values: dict[str, Tensor], inputs: Tensor = inputs) -> Tensor:
                     return torch.func.functional_call(model, (values, rest), (inputs,))
 
-                scale = self.objective.scale(targets)
                 output, pull = torch.func.vjp(forward, primals)  # type: ignore[misc]
                 for k in range(columns.shape[1]):
                     tangent = space.unflatten(columns[:, k].contiguous())
                     _, pushed = torch.func.jvp(forward, (primals,), (tangent,))  # type: ignore[misc]
-                    (gradient,) = pull(scale * self._output_curvature(output, targets, pushed))
+                    (gradient,) = pull(self._output_curvature(output, targets, pushed) * weight)
                     total[:, k] += space.flatten(gradient)
-                count += scale * len(output)
-        return (total / counting(count)).view_as(V)
+                count += len(output)
+        return (total / some(count)).view_as(V)
 
     def _output_curvature(self, output: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
         """The Hessian of each example's loss in the outputs, times its tangent."""
         likelihood = self.objective.likelihood
-        weights = likelihood.position_weights(output.detach(), targets)
-        if weights is None:
-            return likelihood.score_scale(likelihood.positions(output)) ** 2 * likelihood.curvature(output, tangent)
-        return weights * likelihood.curvature(output, tangent)
+        return likelihood.root_scale(output, targets) ** 2 * likelihood.curvature(output, tangent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.grad import conv2d_weight
 
+from sparsekit.curvature.vectors import FisherKind, output_vectors, refuse_rounding
 from sparsekit.errors import CurvatureError, ModelError
-from sparsekit.likelihoods import Likelihood
 from sparsekit.objective import Objective, as_found
 from sparsekit.parameters import ParameterSpace
-
-FisherKind = Literal["importance", "sampled", "exact", "empirical"]
 
 #: Examples at a time for parameters whose gradients come from `torch.func`.
 FUNCTIONAL_CHUNK = 16
@@ -43,11 +41,12 @@ def gradient_rows(
         fisher: a random vector with the output curvature Λ as its second moment, for classes a column of Λ^{1/2}
             drawn by its length (`importance`); a label drawn from the model (`sampled`); every column (`exact`, the
             Gauss-Newton matrix); the data's own label (`empirical`).
-            All but the last estimate the same matrix.
+            All but the last estimate the same matrix. A position's weight in the loss multiplies the square of its
+            gradient: one of weight two counts as two, in the empirical Fisher too.
         generator: for what is drawn.
 
     Raises:
-        CurvatureError: a gradient is not finite.
+        CurvatureError: a gradient is not finite, or the targets of an empirical Fisher are the network's own outputs.
     """
     model, likelihood, space = objective.model, objective.likelihood, objective.space
     with as_found(model):
@@ -58,12 +57,15 @@ def gradient_rows(
             for parameter in layer.module.parameters(recurse=False):
                 parameter.requires_grad_(True)
         functional = _others(space, hooked)
-        checked, mean = False, objective.mean_scale()
-        for inputs, given in objective.on_device():
+        checked = False
+        for inputs, given, weight in objective.weighted():
             with record_uses(hooked), torch.enable_grad():
                 output = model(inputs).to(objective.dtype)  # of half precision where the model casts inside
-            scale = (objective.scale(given) / mean) ** 0.5
-            vectors = _output_vectors(likelihood, output, given, fisher, generator, scale)
+            vectors = output_vectors(likelihood, output, given, fisher, generator)
+            if fisher == "empirical" and not checked:
+                refuse_rounding(likelihood, output.detach(), given, vectors[0])
+            if weight != 1:
+                vectors = [vector * weight**0.5 for vector in vectors]
             for index, vector in enumerate(vectors):
                 rows = vector.new_zeros(len(vector), space.size)
                 gradients = space.unflatten_rows(rows)
@@ -96,43 +98,6 @@ def _check_finite(rows: Tensor, gradients: Mapping[str, Tensor]) -> None:
     for name, gradient in gradients.items():
         if not bool(gradient.isfinite().all()):
             raise CurvatureError(f"the gradients of '{name}' are not finite; check the data, the loss and the weights")
-
-
-def _output_vectors(
-    likelihood: Likelihood,
-    output: Tensor,
-    targets: Tensor,
-    fisher: FisherKind,
-    generator: torch.Generator | None,
-    scale: float = 1.0,
-) -> list[Tensor]:
-    """What is propagated back: vectors v, shaped like `output`, with E Σ v vᵀ = Λ (or its empirical stand-in).
-
-    With Λ the curvature of the examples' losses times scale².
-    """
-    with torch.no_grad():
-        weights = likelihood.position_weights(output, targets)
-    root: float | Tensor = likelihood.score_scale(likelihood.positions(output)) if weights is None else weights.sqrt()
-    if fisher == "exact":
-        return [column * root * scale for column in likelihood.root_columns(output)]
-    if fisher == "importance":
-        return [likelihood.drawn_root(output, _needed(generator)) * root * scale]
-    if fisher == "sampled":
-        targets, likelihood = likelihood.sample(output.detach(), _needed(generator)), likelihood.of_own_labels()
-    leaf = output.detach().requires_grad_(True)
-    with torch.enable_grad():
-        if weights is None:
-            score = likelihood.score(leaf, targets).sum()
-        else:
-            score = likelihood.elementwise(leaf, targets).sum()
-    (vector,) = torch.autograd.grad(score, leaf)
-    return [vector * scale if weights is None else vector * root * scale]
-
-
-def _needed(generator: torch.Generator | None) -> torch.Generator:
-    if generator is None:
-        raise ValueError("what is drawn at random needs a generator")
-    return generator
 
 
 # -- layers whose gradients follow from inputs and output gradients ------------------------------------------

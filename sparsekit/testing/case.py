@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sparsekit.curvature.rows import FisherKind
+from sparsekit.curvature.vectors import FisherKind
 from sparsekit.interfaces import CurvatureEstimator
 from sparsekit.objective import Objective
 from sparsekit.parameters import Mask

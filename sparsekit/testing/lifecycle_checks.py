@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparsekit.curvature.rows import FisherKind
+from sparsekit.curvature.vectors import FisherKind
 from sparsekit.errors import CurvatureError
 from sparsekit.interfaces import CurvatureEstimator
 from sparsekit.objective import Batch, Objective

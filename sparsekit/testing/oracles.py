@@ -35,7 +35,7 @@ def dense_rows(objective: Objective, kind: DenseKind) -> Tensor:
             gradient of each example's loss at its own label, times √T where the loss is a mean over T positions.
 
     Raises:
-        TypeError: the likelihood is none of Categorical, Bernoulli and Gaussian.
+        TypeError: the likelihood is none of Categorical, Bernoulli and Gaussian, or has weights.
     """
     model = copy.deepcopy(objective.model).double().eval().requires_grad_(False)
     rows = [
@@ -105,6 +105,8 @@ def _example_rows(model: nn.Module, objective: Objective, kind: DenseKind, x: Te
 
 def _loss(likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:
     """−log p(y | f) of one example up to a constant, summed or averaged over its positions."""
+    if likelihood.plain != likelihood:
+        raise TypeError(f"there is no dense reference for the weights of {likelihood!r}")
     if isinstance(likelihood, Categorical):
         values = f.logsumexp(0) - f.gather(0, y[None])[0]
     elif isinstance(likelihood, Bernoulli):

@@ -366,8 +366,8 @@ class Told(Sequence):
 def test_a_sequence_of_batches_sees_each_pass_over_it():
     base, told = problem(batch=24), []
     estimator(replace(base, batches=Told(base.batches, told)), auxiliary_steps=2)
-    for_count_bases_and_spectrum = [0, 1, 2] * 3
-    assert told[:9] == for_count_bases_and_spectrum
+    for_weights, for_count_bases_and_spectrum = [0, 1, 2, 3], [0, 1, 2] * 3  # the last batch is held out
+    assert told[:13] == for_weights + for_count_bases_and_spectrum
 
 
 def test_batches_may_be_any_iterable():

@@ -128,6 +128,7 @@ class FishLeg(CurvatureEstimator):
                 f"fishleg holds out {held} of {len(batches)} calibration batches to judge its fit and has none to "
                 f"learn from; {_REMEDY}"
             )
+        objective = replace(objective, share=objective.mean_share)  # parts of it weigh their examples as the whole does
         seen = replace(objective, batches=batches[: len(batches) - held])
         like = torch.empty(0, dtype=objective.dtype, device=objective.device)
         if self._fitted is None or settings.refresh == "moments":

@@ -99,6 +99,9 @@ class LayerwiseSurgeon(CurvatureEstimator):
                 found[name] = b.clamp_min(self.LEAST * float(b.max()) or 1.0).flatten()
         return found
 
+    def _why_zero(self) -> str:
+        return "a layer's inputs are all zero; exclude it, or set damping_scale='absolute'"
+
     def inverse(self, damping: float | None = None) -> InverseFisher:
         """Σ, a block for each row; `damping` is absolute, and that of H before any factor b."""
         if not self._moments:
