@@ -2,6 +2,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from sparsekit.models import DigitsNet
+from sparsekit.registry import PluginInfo
 
 FAST = [
     "--set",
@@ -218,3 +220,12 @@ def test_a_record_is_found_where_a_folder_looks_like_markup(cli, tmp_path):
     code, out, _ = cli("run", *args, output=False)
     assert code == 0
     assert f"Record: {tmp_path}/a[/b]/" in out
+
+
+def test_the_table_of_plugins_shows_a_message_as_it_stands(cli, monkeypatch):
+    found = PluginInfo("[/b]", "[/i]", "1", {"task": ["[/t]"]}, RuntimeError("[/red]"))
+    registry = SimpleNamespace(plugins=[found])
+    monkeypatch.setattr(sys.modules["sparsekit.cli.plugins"], "load_registry", lambda: registry)
+    code, out, _ = cli("plugins", output=False)
+    assert code == 0
+    assert all(text in out for text in ("[/b]", "[/i]", "task: [/t]", "RuntimeError: [/red]"))
