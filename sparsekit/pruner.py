@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.collapse import constant_outputs, emptied, silenced
+from sparsekit.contracts import inverse_of
 from sparsekit.curvature import GaussNewton
 from sparsekit.errors import CurvatureError, SettingsError
 from sparsekit.finetune import finetune
@@ -291,7 +292,7 @@ class Pruner:
         if step.refresh:
             generator = self._generator("labels", step.index, objective.device)
             curvature = self.update(step, self.estimator, objective, generator)
-        inverse = self.estimator.inverse()
+        inverse = inverse_of(self.estimator)
         clock.lap("curvature")
 
         yield self._started("removal", step)
@@ -346,7 +347,7 @@ class Pruner:
 
     def _output_weighting(self, anchor: nn.Module) -> Mapping[str, Tensor]:
         """Fisher information of each layer's outputs: the estimator's where it has factors, else measured once."""
-        found = self.estimator.inverse().output_factors(self.space)
+        found = inverse_of(self.estimator).output_factors(self.space)
         if len(found) == len(self.space):
             return found
         if not self._weighting:  # of the dense network, so that it is the same before and after an interruption
