@@ -262,6 +262,11 @@ class ScoreContext(ABC):
         """∇L(w), (n,), on the calibration examples."""
 
     @property
+    def space(self) -> ParameterSpace:
+        """The tensors that the weights come from."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which tensors its weights come from")
+
+    @property
     @abstractmethod
     def units(self) -> Units | None:
         """The pattern's units, None where weights go one by one."""

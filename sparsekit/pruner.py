@@ -499,6 +499,10 @@ class _Context(ScoreContext):
         return self._objective.gradient()
 
     @property
+    def space(self) -> ParameterSpace:
+        return self._objective.space
+
+    @property
     def units(self) -> Units | None:
         return self._units
 
