@@ -153,7 +153,7 @@ def print_summary(outcome: Outcome) -> None:
     console.print(f"{record.parameters['prunable']:,} prunable weights. Seconds: {spent}.")
     idle = [name for name, why in record.parameters["skipped"].items() if why == UNUSED]
     if idle:
-        console.print(escape(f"Not counted, as no gradient reaches them: {', '.join(idle)}."))
+        console.print(f"Not counted, as no gradient reaches them: {', '.join(idle)}.")
     console.print(f"Peak memory {record.peak_memory_bytes / 2**20:,.0f} MiB. Levels: {record.path}.")
     for line in record.degraded:
         console.print(marked("degraded:", "yellow", line))
