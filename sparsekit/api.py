@@ -141,8 +141,8 @@ def prune(
     batches: Iterable[Batch] = list(data) if isinstance(data, Iterator) else data
     Objective(model, likelihood, batches, space).check()
     options: Any = resolved.options["estimator"]
-    examples = _calibration(batches, options)
-    space, degraded = used(Objective(model, likelihood, examples, space), included=include is not None)
+    some = _some(batches, options.examples, options.batch_size)
+    space, degraded = used(Objective(model, likelihood, some, space), included=include is not None)
     how = resolved.settings.reconstruction
     if how.how != "none":
         Reconstruction.check(model, space, _anchors(batches, how), how, available_memory(device).device)
@@ -213,6 +213,15 @@ def _copied(model: nn.Module) -> nn.Module:
             f"the model {type(model).__name__} cannot be copied ({str(error).splitlines()[0]}): a module keeps a "
             "tensor of an earlier pass; delete it, or give inplace=True"
         ) from None
+
+
+def _some(batches: Iterable[Batch], examples: int, batch_size: int) -> Iterator[Batch]:
+    """The data's batches, cut where they are larger than `batch_size`, until `examples` have come; read as needed."""
+    for inputs, targets in pairs(batches):
+        yield from zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+        examples -= len(targets)
+        if examples <= 0:
+            return
 
 
 def _calibration(batches: Iterable[Batch], options: Any) -> list[Batch]:
