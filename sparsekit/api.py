@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from sparsekit.errors import DataError, SettingsError
 from sparsekit.interfaces import ReconstructionSettings, measure
 from sparsekit.likelihoods import Likelihood, Loss, as_likelihood
+from sparsekit.networks import check_kind, copied, without_autocast
 from sparsekit.objective import Batch, Objective, pairs
 from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.provenance import available_memory
@@ -20,7 +20,10 @@ from sparsekit.pruner import Metrics, Pruner, StepCompleted
 from sparsekit.reconstruction import Reconstruction
 from sparsekit.run import load_registry
 from sparsekit.schedules import plan
-from sparsekit.settings import resolve
+from sparsekit.settings import ResolvedRun, resolve
+
+#: Batches of data that have no length: who gives more, gives something with one.
+MOST_BATCHES = 10_000
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Pruned:
 
 
 @torch.inference_mode(False)  # gradients are taken here, whatever the caller has switched off
+@without_autocast()
 def prune(
     model: nn.Module,
     data: Iterable[Batch],
@@ -68,14 +72,20 @@ def prune(
 ) -> Pruned:
     """Prune a trained network and move the surviving weights to make up for it.
 
+    Autocast that is on around the call is off within it; in the model's own `forward` it stays.
+
     Args:
-        model: any module from one tensor of inputs to one of outputs, on the CPU or a CUDA device; MPS lacks the
-            float64 that sums are taken in.
+        model: any module from one tensor of inputs to one of outputs that treats each example alone in evaluation mode,
+            on the CPU or a CUDA device; MPS lacks the float64 that sums are taken in. Modules that were put in
+            evaluation mode while the model is in training mode stay there in fine-tuning: batch norm keeps its
+            statistics. A model in evaluation mode is fine-tuned in training mode throughout.
         data: batches (inputs, targets), pairs of tensors, of training examples; calibration and fine-tuning use them.
+            They must end: with a length, or after 10,000 batches at most.
         loss: 'categorical', 'bernoulli', 'gaussian', a plain torch loss, or a `Likelihood`. Any other callable
             has no distribution to sample labels from: then give the estimator fisher='empirical'.
         sparsity: fraction of the prunable weights to remove, in [0, 1).
-        estimator: a name, or a mapping with `name` and settings: {"name": "fishleg", "examples": 512}.
+        estimator: a name, or a mapping with `name` and settings: {"name": "fishleg", "examples": 512}. Without a
+            number there are as many calibration examples as the data has, at most 1,024.
         saliency: the same.
         pattern: the same.
         schedule: the same.
@@ -87,8 +97,8 @@ def prune(
         finetune: settings such as {"epochs": 1, "learning_rate": 0.01}; without it there is none. `batch_size` is not
             among them: the batches are those of `data`.
         evaluation: batches, or model -> metrics; by default the loss and accuracy on `data`.
-        include: shell patterns of parameter names to prune; by default weights of two or more dimensions.
-        exclude: shell patterns that win over `include`.
+        include: names of parameters to prune, or shell patterns of them; by default weights of two or more dimensions.
+        exclude: the same, and wins over `include`.
         seed: of sampled labels and everything else that is random.
         inplace: prune `model` itself rather than a copy.
 
@@ -115,19 +125,21 @@ def prune(
     }
     resolved = resolve(raw, load_registry())
     likelihood = as_likelihood(loss)
-    model = model if inplace else deepcopy(model)
+    check_kind(model)
+    model = model if inplace else copied(model)
     space = ParameterSpace.of(model, include=include, exclude=exclude)
     device = next(model.parameters()).device
+    batches = _ending(data, "data", available_memory(device).host // 2)
+    resolved = _fitted(resolved, batches)
     resolved.classes["estimator"].check(model, space, resolved.options["estimator"], available_memory(device))
-    batches: Iterable[Batch] = list(data) if isinstance(data, Iterator) else data
     Objective(model, likelihood, batches, space).check()
     how = resolved.settings.reconstruction
     if how.how != "none":
         Reconstruction.check(model, space, _anchors(batches, how), how, available_memory(device).device)
     options: Any = resolved.options["estimator"]
-    judge: Iterable[Batch] | Callable[[nn.Module], Metrics] = batches if evaluation is None else evaluation
-    if isinstance(judge, Iterator):
-        judge = list(judge)
+    judge = batches if evaluation is None else evaluation
+    if not callable(judge):
+        judge = _ending(judge, "evaluation", available_memory(device).host // 2)
     pruner = Pruner(
         model=model,
         space=space,
@@ -157,6 +169,66 @@ def prune(
     return Pruned(model, space.unflatten(mask.kept), mask.sparsity, pruner.state.dense or {}, done, space.skipped)
 
 
+def _ending(batches: Iterable[Batch], name: str, memory: int) -> Iterable[Batch]:
+    """The batches, which can be gone over again and come to an end: an iterator's are held.
+
+    Args:
+        batches: any.
+        name: of the argument.
+        memory: bytes that the batches of an iterator can take.
+
+    Raises:
+        DataError: an iterator gives more than MOST_BATCHES, or than there is memory for.
+    """
+    if not isinstance(batches, Iterator):
+        try:
+            len(batches)  # type: ignore[arg-type]
+        except TypeError:
+            return _Bounded(batches, name)
+        return batches
+    held: list[Batch] = []
+    size = 0
+    for batch in pairs(_Bounded(batches, name)):
+        held.append(batch)
+        size += sum(part.nbytes for part in batch)
+        if size > memory:
+            raise DataError(
+                f"`{name}` is an iterator, whose batches are held to be gone over again, and gave {len(held):,} of "
+                f"them, {size / 2**20:,.0f} MiB, without coming to an end; give a DataLoader, or the first so many: "
+                "list(itertools.islice(data, 100))"
+            )
+    return held
+
+
+class _Bounded:
+    """Batches without a length, up to MOST_BATCHES of them."""
+
+    def __init__(self, batches: Iterable[Batch], name: str) -> None:
+        self._batches, self._name = batches, name
+
+    def __iter__(self) -> Iterator[Batch]:
+        for count, batch in enumerate(self._batches):
+            if count == MOST_BATCHES:
+                raise DataError(
+                    f"`{self._name}` has no length and gave {MOST_BATCHES:,} batches without coming to an end; take "
+                    "the first so many, list(itertools.islice(data, 100)), or give it a length (__len__)"
+                )
+            yield batch
+
+
+def _fitted(resolved: ResolvedRun, batches: Iterable[Batch]) -> ResolvedRun:
+    """The run with as many examples as there are where nobody set a number."""
+    given: Any = resolved.options["estimator"]
+    how = resolved.settings.reconstruction
+    most = max(given.examples, how.examples if how.how != "none" else 0)
+    count = 0
+    for _, targets in pairs(batches) if most else ():
+        count += len(targets)
+        if count >= most:
+            break
+    return resolved.fitted(count) if most else resolved
+
+
 def _anchors(batches: Iterable[Batch], how: ReconstructionSettings) -> list[Batch]:
     return _examples(
         batches, how.examples, how.batch_size, lambda available: available, "reconstruction", "reconstruct"
@@ -174,6 +246,8 @@ def _examples(
     """The first `examples` of the batches, cut anew into batches of `batch_size`."""
     taken: list[Batch] = []
     count = 0
+    if not examples:
+        return taken
     for inputs, targets in pairs(batches):
         taken.append((inputs[: examples - count], targets[: examples - count]))
         count += len(taken[-1][1])

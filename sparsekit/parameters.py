@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import ModelError
+from sparsekit.networks import check_kind
 
 
 @dataclass(frozen=True)
@@ -82,25 +84,21 @@ class ParameterSpace:
 
         Args:
             model: any module; a parameter used in several places (tied) counts once, under its first name.
-            include: shell patterns on parameter names (`layer3.*`); without it, every floating-point
+            include: parameter names, or shell patterns on them (`layer3.*`); without it, every floating-point
                 parameter of two or more dimensions that is not frozen: weights, not biases or normalisation.
-            exclude: shell patterns that win over `include`.
+            exclude: the same, and wins over `include`.
 
         Raises:
-            ModelError: nothing is left to prune, or a pattern matches no parameter.
+            ModelError: nothing is left to prune, a pattern matches no parameter, or the model is of a kind that
+                cannot be pruned, see `networks.check_kind`.
         """
+        check_kind(model)
         named = dict(model.named_parameters())
-        include = None if include is None else tuple(include)
-        exclude = tuple(exclude)
-        for pattern in (*(include or ()), *exclude):
-            if not any(fnmatchcase(name, pattern) for name in named):
-                raise ModelError(
-                    f"the pattern '{pattern}' matches no parameter; "
-                    f"the model has: {', '.join(named) or 'no parameters'}"
-                )
+        included = None if include is None else _matching(include, named)
+        excluded = _matching(exclude, named)
         shapes, skipped = {}, {}
         for name, tensor in named.items():
-            reason = _why_skipped(name, tensor, include, exclude)
+            reason = _why_skipped(name, tensor, included, excluded)
             if reason is None:
                 shapes[name] = tuple(tensor.shape)
             else:
@@ -188,13 +186,31 @@ class ParameterSpace:
             parameter.copy_(parts[name])
 
 
-def _why_skipped(name: str, tensor: Tensor, include: tuple[str, ...] | None, exclude: tuple[str, ...]) -> str | None:
-    if any(fnmatchcase(name, pattern) for pattern in exclude):
+def _matching(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The names that patterns match; a pattern that is itself a name, whatever is in it, matches no other."""
+    known, found = list(names), set()
+    for pattern in patterns:
+        matches = {pattern} if pattern in known else {name for name in known if fnmatchcase(name, pattern)}
+        if not matches:
+            dotted = re.sub(r"\[(\w+)\]", r".\1", pattern)
+            meant = f"; did you mean '{dotted}'? Brackets are a pattern's" if dotted in known else ""
+            raise ModelError(
+                f"the pattern '{pattern}' matches no parameter{meant}; the model has: "
+                f"{', '.join(known) or 'no parameters'}"
+            )
+        found |= matches
+    return found
+
+
+def _why_skipped(name: str, tensor: Tensor, included: set[str] | None, excluded: set[str]) -> str | None:
+    if name in excluded:
         return "excluded by name"
+    if not tensor.numel():
+        return "empty"
     if not tensor.is_floating_point():
         return f"not floating point ({tensor.dtype})"
-    if include is not None:
-        return None if any(fnmatchcase(name, pattern) for pattern in include) else "not included by name"
+    if included is not None:
+        return None if name in included else "not included by name"
     if not tensor.requires_grad:
         return "frozen (requires_grad=False)"
     return None if tensor.dim() >= 2 else "fewer than two dimensions (bias or normalisation)"

@@ -15,6 +15,7 @@ from torch.nn.grad import conv2d_weight
 
 from sparsekit.errors import CurvatureError
 from sparsekit.likelihoods import Likelihood
+from sparsekit.networks import check_examples_apart
 from sparsekit.objective import Objective, as_found
 from sparsekit.parameters import ParameterSpace
 
@@ -48,6 +49,7 @@ def gradient_rows(
 
     Raises:
         CurvatureError: a gradient is not finite.
+        ModelError: the output for an example depends on the others of its batch.
     """
     model, likelihood, space = objective.model, objective.likelihood, objective.space
     with as_found(model):
@@ -72,6 +74,8 @@ def gradient_rows(
                 if not checked:
                     hooked = _confirmed(hooked, gradients, model, inputs, vector)
                     functional, checked = _others(space, hooked), True
+                    if functional:  # among the reasons may be that examples are not computed apart
+                        check_examples_apart(model, inputs)
                 if functional:
                     for name, row in _functional_gradients(model, functional, inputs, vector).items():
                         gradients[name].copy_(row)
@@ -248,12 +252,14 @@ class HookedLayer:
     Attributes:
         uses: of each call the input, and the place of the output in the graph, None where nothing is to be
             differentiated. Not the output itself: an activation in place would make that its own.
+        dtype: of the last output; less precise than the weights' under autocast.
     """
 
     module: nn.Module
     weight: str | None  # names in the space; None where the parameter is not prunable
     bias: str | None
     uses: list[tuple[Tensor, GradientEdge | None]] = field(default_factory=list)
+    dtype: torch.dtype | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -309,6 +315,7 @@ def record_uses(layers: Sequence[HookedLayer]) -> ExitStack:
             layer: HookedLayer = layer,
         ) -> None:
             given = args[0] if args else kwargs["input"]
+            layer.dtype = output.dtype
             layer.uses.append((given.detach(), get_gradient_edge(output) if output.requires_grad else None))
 
         handle = layer.module.register_forward_hook(hook, with_kwargs=True)
@@ -326,9 +333,11 @@ def _add_hooked_gradients(
     found: Sequence[Tensor | None] = torch.autograd.grad(
         output, [z for _, _, z in uses], vector, retain_graph=retain, allow_unused=True
     )
-    for (layer, a, _), d in zip(uses, found, strict=True):
-        if d is None:  # the output does not depend on this call
+    for (layer, given, _), pushed in zip(uses, found, strict=True):
+        if pushed is None:  # the output does not depend on this call
             continue
+        # A lookup's numbers stay what they are; what autocast has narrowed is widened again.
+        d, a = pushed.to(vector.dtype), given.to(vector.dtype) if given.is_floating_point() else given
         if len(a) != len(vector):  # it would be broadcast over the examples, or fail obscurely
             raise CurvatureError(
                 f"the layer of '{layer.names[0]}' was called with a batch of {len(a)} for {len(vector)} examples, "
@@ -347,7 +356,8 @@ def _confirmed(
     names = list(dict.fromkeys(name for layer in layers for name in layer.names))
     some = sorted({0, len(vector) - 1})
     truth = _one_by_one(model, names, inputs[some], vector[some])
-    tolerance = min(0.1, max(1e-6, 1e5 * torch.finfo(vector.dtype).eps))  # 1 % for float32: TF32 passes
+    coarsest = max(torch.finfo(dtype).eps for dtype in (vector.dtype, *(layer.dtype for layer in layers)) if dtype)
+    tolerance = min(0.1, max(1e-6, 1e5 * coarsest))  # 1 % for float32: TF32 passes
     whole = torch.stack([t.norm() for t in truth.values()]).norm() if names else 0.0
 
     def agrees(name: str) -> bool:
