@@ -49,7 +49,9 @@ def check_values(model: nn.Module) -> None:
     Raises:
         ModelError: there are some.
     """
-    devices = {parameter.device: name for name, parameter in model.named_parameters()}
+    devices: dict[torch.device, str] = {}
+    for name, parameter in model.named_parameters():
+        devices.setdefault(parameter.device, name)
     for device, name in devices.items():
         if device.type == "meta":
             raise ModelError(
