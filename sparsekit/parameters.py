@@ -17,6 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from sparsekit.errors import ModelError
+from sparsekit.networks import check_kind
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class ParameterSpace:
             ModelError: nothing is left to prune, a pattern matches no parameter, or a weight is computed from others
                 at each call (weight_norm, spectral_norm, parametrizations, torch.nn.utils.prune).
         """
+        check_kind(model)
         named = dict(model.named_parameters())
         lazy = [name for name, tensor in named.items() if is_lazy(tensor)]
         if lazy:

@@ -32,6 +32,7 @@ from sparsekit.interfaces import (
 )
 from sparsekit.likelihoods import Likelihood
 from sparsekit.linalg import MatrixFree
+from sparsekit.networks import copied
 from sparsekit.objective import Batch, Objective
 from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.reconstruction import LayerFit, Reconstruction, output_moments
@@ -208,7 +209,7 @@ class Pruner:
         restarts = any(step.restart for step in self.steps)
         self._dense = {name: t.clone() for name, t in self.model.state_dict().items()} if restarts else {}
         # What layers are fitted to, for the same reason taken here.
-        self._anchor = deepcopy(self.model).cpu() if self.reconstruction.how != "none" else None
+        self._anchor = copied(self.model).cpu() if self.reconstruction.how != "none" else None
         self._weighting: Mapping[str, Tensor] = {}
         self._phase = "curvature"
         self._untaught = deepcopy(self.estimator) if restarts else self.estimator
@@ -496,6 +497,8 @@ class _Context(ScoreContext):
 
     @cached_property
     def gradient(self) -> Tensor:
+        if not self._objective.batches:
+            raise SettingsError("the saliency needs the gradient, and there are no examples; set estimator.examples")
         return self._objective.gradient()
 
     @property

@@ -114,15 +114,17 @@ def planned(resolved: ResolvedRun) -> list[Step]:
     )
 
 
-def check_examples(resolved: ResolvedRun, task: Task) -> None:
-    """Refuse what asks for more training examples than there are; where nobody asked, what there is will do.
+def with_examples(resolved: ResolvedRun, task: Task) -> ResolvedRun:
+    """The run with as many training examples as there are where nobody set a number, see `ResolvedRun.fitted`.
 
     Raises:
-        DataError: with the number that would do.
+        DataError: more were asked for than there are; with the number that would do.
     """
-    available, given = task.size("train"), resolved.options["estimator"]
+    available = task.size("train")
+    resolved = resolved.fitted(available)
+    given = resolved.options["estimator"]
     assert isinstance(given, EstimatorSettings)
-    if given.examples > available and "examples" in given.model_fields_set:
+    if given.examples > available:
         most, name = given.fitting(available), resolved.classes["estimator"].name
         raise DataError(
             f"the estimator '{name}' needs {given.examples} calibration examples, the task '{task.name}' has "
@@ -130,11 +132,12 @@ def check_examples(resolved: ResolvedRun, task: Task) -> None:
             + (f"set estimator.examples={most}, the most that will do" if most else "its other settings allow no fewer")
         )
     anchors = resolved.settings.reconstruction
-    if anchors.how != "none" and anchors.examples > available and "examples" in anchors.model_fields_set:
+    if anchors.how != "none" and anchors.examples > available:
         raise DataError(
             f"reconstruction needs {anchors.examples} training examples, the task '{task.name}' has {available}; set "
             f"reconstruction.examples={available} or less"
         )
+    return resolved
 
 
 @dataclass(frozen=True)
@@ -176,9 +179,11 @@ def execute(
     settings = resolved.settings
     device = find_device(settings.device)
     shown = preview(resolved)
-    estimator: CurvatureEstimator = resolved.build("estimator", shown.space)
     task: Task = resolved.build("task")
-    check_examples(resolved, task)
+    asked, resolved = resolved, with_examples(resolved, task)
+    if resolved is not asked:
+        settings, shown = resolved.settings, preview(resolved)
+    estimator: CurvatureEstimator = resolved.build("estimator", shown.space)
     forget_peak_memory(device)
     progress("prepare", 0, 1)
     task.progress = lambda done, total: progress("prepare", done, total)
@@ -305,6 +310,8 @@ class _Driver:
         options: Any = resolved.options["estimator"]
 
         def calibration(generator: torch.Generator) -> list[Batch]:
+            if not options.examples:
+                return []
             batches = task.batches("train", batch_size=options.batch_size, limit=options.examples, generator=generator)
             return list(batches)
 

@@ -37,7 +37,7 @@ def broken():
 def test_builtins_come_through_the_hooks():
     registry = Registry(builtins, [])
     assert registry.names("estimator") == ["diagonal", "identity"]
-    assert registry.names("saliency") == ["magnitude", "obs", "random"]
+    assert registry.names("saliency") == ["magnitude", "obs", "obs-rows", "random"]
 
 
 def test_a_broken_plugin_is_a_finding():

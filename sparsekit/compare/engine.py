@@ -39,7 +39,7 @@ from sparsekit.interfaces import Task
 from sparsekit.provenance import available_memory, identity, now, plugins_used, sources
 from sparsekit.records import RunDirectory, run_key
 from sparsekit.registry import Registry
-from sparsekit.run import check_examples, find_device, preview
+from sparsekit.run import find_device, preview, with_examples
 from sparsekit.settings import ResolvedRun, resolve
 from sparsekit.sharing import SharedStatistics
 
@@ -108,8 +108,7 @@ def sketch(given: ComparisonSettings, registry: Registry) -> Sketch:
 def _memory(point: Point) -> int:
     """Bytes that a worker with a point's run needs at most; refuses what cannot work."""
     try:
-        check_examples(point.resolved, point.resolved.build("task"))
-        needed = preview(point.resolved).memory
+        needed = preview(with_examples(point.resolved, point.resolved.build("task"))).memory
     except SparsekitError as error:
         raise type(error)(f"{point.name}: {error}") from error
     fitting = point.resolved.settings.reconstruction
@@ -228,6 +227,7 @@ class Engine:
                 seeded = {**settings, "seed": seed}
                 own = resolve({**seeded, "output": str(self.directory / RUNS)}, self.registry)
                 task, found, _ = self._source(own)
+                own = with_examples(own, task)
                 key = run_key(identity(own, self.registry, found, find_device(own.settings.device)))
                 path = RunDirectory.of(Path(RUNS), task.name, own.classes["estimator"].name, key).path
                 runs.append(
@@ -268,7 +268,8 @@ class Engine:
         groups: dict[str, list[PlannedRun]] = {}
         for run in runs:
             resolved = resolve(run.settings, self.registry)
-            _, found, _ = self._source(resolved)
+            task, found, _ = self._source(resolved)
+            resolved = with_examples(resolved, task)
             device = find_device(resolved.settings.device)
             of = identity(resolved, self.registry, found, device)
             key = SharedStatistics.key(of, resolved.classes["estimator"], resolved.options["estimator"])
