@@ -41,7 +41,6 @@ class Stream:
         self.kept: Path | None = None
         self._null: TextIO | None = None
         if stream is None:  # closed before we began; this takes its number, which else the next file would have
-            self.lost = OSError(errno.EBADF, "it is closed")
             stream = self._null = open(os.devnull, "w")  # noqa: SIM115 - closed in `close`
         elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # what the encoding lacks is told by its number
@@ -49,6 +48,8 @@ class Stream:
 
     def write(self, text: str) -> int:
         """Pass it on, or remember why not."""
+        if self._null is not None:
+            self.lost = OSError(errno.EBADF, "it is closed")
         self._try(self._stream.write, text)
         return len(text)
 

@@ -62,9 +62,10 @@ def test_a_refusal_is_no_lost_output(replaced):
     code, _, err = replaced("stdout", None, "run", "--estimator", "none")
     assert code == 2
     assert "no estimator 'none'" in err
+    assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("where", [">/dev/full", ">&-", "| true"])
+@pytest.mark.parametrize("where", [">&-", "| true"])
 def test_a_shell_sees_one_line_and_the_exit_code(where):
     script = f"set -o pipefail; \"$0\" -c 'from sparsekit.cli import main; main()' plugins --json {where}"
     done = subprocess.run(["bash", "-c", script, sys.executable], capture_output=True, env=os.environ, check=False)
