@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from importlib import metadata
 
 from pydantic import BaseModel
@@ -21,6 +22,8 @@ def checked(found: object, kind: str, base: type) -> str:
     if base is Preset:
         if not isinstance(found, base):
             raise PluginError(f"a preset must be a sparsekit.{base.__name__}; {found!r} is not")
+        if not isinstance(found.settings, Mapping):
+            raise PluginError(f"the `settings` of the preset '{found.name}' must be a mapping, not {found.settings!r}")
     elif not (isinstance(found, type) and issubclass(found, base)):
         raise PluginError(f"a {kind} must be a subclass of sparsekit.{base.__name__}; {found!r} is not")
     name = getattr(found, "name", None)

@@ -5,11 +5,11 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 
-from sparsekit import CurvatureEstimator, Settings, builtins, hookimpl
+from sparsekit import CurvatureEstimator, Preset, Settings, builtins, hookimpl
 from sparsekit.contracts import inverse_of
 from sparsekit.errors import PluginError, SettingsError
 from sparsekit.estimators import Identity
-from sparsekit.registry import Registry
+from sparsekit.registry import PluginInfo, Registry
 
 
 class FakeEntryPoint:
@@ -104,6 +104,24 @@ def test_whatever_ends_an_import_is_a_finding(error):
 def test_what_a_hook_raises_is_a_finding():
     registry = Registry(builtins, [FakeEntryPoint("bad", lambda: module(sparsekit_tasks=lambda: sys.exit(3)))])
     assert registry.plugins[-1].status == "SystemExit: 3"
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise KeyError("text")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(Mute(), "Mute: its message cannot be had, KeyError"), (OSError("a\n\x1b[31m\udcff"), "OSError: a  [31m ")],
+)
+def test_a_message_that_no_terminal_can_show_is_shown(error, status):
+    assert PluginInfo("bad", "somewhere", "1", error=error).status == status
+
+
+def test_a_preset_whose_settings_are_no_mapping_is_a_finding():
+    odd = FakeEntryPoint("odd", lambda: module(sparsekit_presets=lambda: [Preset("odd", "a paper", None)]))
+    assert "must be a mapping, not None" in Registry(builtins, [odd]).plugins[-1].status
 
 
 def test_what_a_plugin_prints_is_no_result(capsys):

@@ -84,7 +84,7 @@ def standard_streams() -> Iterator[Stream]:
     """Both standard streams replaced; that of the output."""
     before = sys.stdout, sys.stderr
     out, err = Stream(sys.stdout), Stream(sys.stderr)
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    sys.stdout, sys.stderr = out, err
     try:
         yield out
     finally:
