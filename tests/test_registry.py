@@ -1,12 +1,13 @@
 import sys
 import types
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sparsekit import CurvatureEstimator, Preset, Settings, builtins, hookimpl
-from sparsekit.contracts import inverse_of
+from sparsekit.contracts import inverse_of, scores_of
 from sparsekit.errors import PluginError, SettingsError
 from sparsekit.estimators import Identity
 from sparsekit.registry import PluginInfo, Registry
@@ -168,7 +169,9 @@ def test_what_could_not_be_used_is_one_sentence_that_names_plugin_and_distributi
 def test_an_inverse_of_another_type_names_plugin_and_distribution():
     wrong = named("own", inverse=lambda self, damping=None: torch.eye(2))
     wrong.__module__ = "sparsekit_obs.estimator"
-    with pytest.raises(PluginError, match="'own' .plugin 'obs' of sparsekit-obs .* returned a Tensor"):
+    with pytest.raises(
+        PluginError, match="'own' .plugin 'obs' of sparsekit-obs .* returned a tensor .2, 2.; a sparsekit.InverseFisher"
+    ):
         inverse_of(wrong(None, None))
 
 
@@ -180,3 +183,10 @@ def test_installed_plugins_are_found_by_entry_point():
 def test_a_real_entry_point_that_is_missing_is_a_finding():
     point = EntryPoint("ghost", "sparsekit_ghost", "sparsekit")
     assert Registry(builtins, [point]).plugins[-1].status.startswith("ModuleNotFoundError")
+
+
+@pytest.mark.parametrize("scores", [None, torch.ones(2), torch.ones(1, 3)])
+def test_scores_of_another_shape_name_plugin_and_distribution(scores):
+    wrong = type("Odd", (), {"name": "odd", "score": lambda self, context: scores, "__module__": "sparsekit_obs"})
+    with pytest.raises(PluginError, match=r"'odd' .plugin 'obs' of sparsekit-obs .* a tensor \(3,\), a score for each"):
+        scores_of(wrong(), SimpleNamespace(weights=torch.ones(3)))
