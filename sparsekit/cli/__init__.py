@@ -63,8 +63,7 @@ def main() -> None:
             kept = f"; what was done is in {out.kept}" if out.kept is not None else ""
             print(f"sparsekit: standard output could not be written ({out.lost}){kept}", file=sys.stderr)
             code = code or UNTOLD
-    if code:
-        sys.exit(code)
+    sys.exit(code)
 
 
 def _done() -> str | int | None:
