@@ -71,8 +71,9 @@ class Stream:
         except (OSError, ValueError) as error:  # ValueError: closed since
             self.lost = error
             with suppress(OSError, ValueError):  # the interpreter would try again as it ends
+                number = self._stream.fileno()
                 null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, self._stream.fileno())
+                os.dup2(null, number)
                 os.close(null)
 
     def __getattr__(self, name: str) -> Any:
