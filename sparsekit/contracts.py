@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from importlib import metadata
 
 from pydantic import BaseModel
+from torch import Tensor
 
 from sparsekit.errors import PluginError
-from sparsekit.interfaces import CurvatureEstimator, EstimatorSettings, Preset
+from sparsekit.interfaces import CurvatureEstimator, EstimatorSettings, Preset, Saliency, ScoreContext
 from sparsekit.removal import InverseFisher
 
 
@@ -21,6 +23,8 @@ def checked(found: object, kind: str, base: type) -> str:
     if base is Preset:
         if not isinstance(found, base):
             raise PluginError(f"a preset must be a sparsekit.{base.__name__}; {found!r} is not")
+        if not isinstance(found.settings, Mapping):
+            raise PluginError(f"the `settings` of the preset '{found.name}' must be a mapping, not {found.settings!r}")
     elif not (isinstance(found, type) and issubclass(found, base)):
         raise PluginError(f"a {kind} must be a subclass of sparsekit.{base.__name__}; {found!r} is not")
     name = getattr(found, "name", None)
@@ -60,12 +64,30 @@ def inverse_of(estimator: CurvatureEstimator) -> InverseFisher:
         PluginError: it is something else.
     """
     found = estimator.inverse()
-    if not isinstance(found, InverseFisher):
-        raise PluginError(
-            f"`inverse` of the estimator '{estimator.name}' ({origin(type(estimator))}) returned a "
-            f"{type(found).__name__}; a sparsekit.InverseFisher is needed: InverseFisher(operator, damping)"
-        )
+    needed = "a sparsekit.InverseFisher, InverseFisher(operator, damping)"
+    _returned(found, estimator, "inverse", needed, isinstance(found, InverseFisher))
     return found
+
+
+def scores_of(saliency: Saliency, context: ScoreContext) -> Tensor:
+    """The saliency's scores, (n,).
+
+    Raises:
+        PluginError: it is something else.
+    """
+    found = saliency.score(context)
+    shape = context.weights.shape
+    right = isinstance(found, Tensor) and found.shape == shape
+    _returned(found, saliency, "score", f"a tensor {tuple(shape)}, a score for each weight,", right)
+    return found
+
+
+def _returned(found: object, component: CurvatureEstimator | Saliency, method: str, needed: str, right: bool) -> None:
+    if not right:
+        what = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise PluginError(
+            f"`{method}` of '{component.name}' ({origin(type(component))}) returned {what}; {needed} is needed"
+        )
 
 
 def origin(found: type) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.collapse import constant_outputs, emptied, silenced
-from sparsekit.contracts import inverse_of
+from sparsekit.contracts import inverse_of, scores_of
 from sparsekit.curvature import GaussNewton
 from sparsekit.errors import CurvatureError, SettingsError
 from sparsekit.finetune import finetune
@@ -363,7 +363,7 @@ class Pruner:
         assert mask is not None
         generator = self._generator("saliency", step.index, weights.device)
         context = _Context(weights, mask, inverse, objective, self.pattern.units(self.space), generator)
-        scores = self.saliency.score(context)
+        scores = scores_of(self.saliency, context)
         if not bool(scores[mask.kept].isfinite().all()):
             raise CurvatureError(f"the saliency '{self.saliency.name}' gave scores that are not finite")
         chosen = self.pattern.choose(scores, mask, self.pattern.count(self.space, step.sparsity), self.space)

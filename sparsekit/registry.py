@@ -40,8 +40,14 @@ class PluginInfo:
 
     @property
     def status(self) -> str:
-        """`ok`, or what went wrong, in one line."""
-        return "ok" if self.error is None else f"{type(self.error).__name__}: {self.error}".replace("\n", " ")
+        """`ok`, or what went wrong, in one line that any terminal can show."""
+        if self.error is None:
+            return "ok"
+        try:
+            message = str(self.error)
+        except Exception as error:  # the plugin's own class may go wrong here too
+            message = f"its message cannot be had, {type(error).__name__}"
+        return f"{type(self.error).__name__}: " + "".join(c if c.isprintable() else " " for c in message)
 
 
 class Registry:

@@ -1,15 +1,16 @@
 import sys
 import types
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sparsekit import CurvatureEstimator, Settings, builtins, hookimpl
-from sparsekit.contracts import inverse_of
+from sparsekit import CurvatureEstimator, Preset, Settings, builtins, hookimpl
+from sparsekit.contracts import inverse_of, scores_of
 from sparsekit.errors import PluginError, SettingsError
 from sparsekit.estimators import Identity
-from sparsekit.registry import Registry
+from sparsekit.registry import PluginInfo, Registry
 
 
 class FakeEntryPoint:
@@ -106,6 +107,24 @@ def test_what_a_hook_raises_is_a_finding():
     assert registry.plugins[-1].status == "SystemExit: 3"
 
 
+class Mute(Exception):
+    def __str__(self):
+        raise KeyError("text")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(Mute(), "Mute: its message cannot be had, KeyError"), (OSError("a\n\x1b[31m\udcff"), "OSError: a  [31m ")],
+)
+def test_a_message_that_no_terminal_can_show_is_shown(error, status):
+    assert PluginInfo("bad", "somewhere", "1", error=error).status == status
+
+
+def test_a_preset_whose_settings_are_no_mapping_is_a_finding():
+    odd = FakeEntryPoint("odd", lambda: module(sparsekit_presets=lambda: [Preset("odd", "a paper", None)]))
+    assert "must be a mapping, not None" in Registry(builtins, [odd]).plugins[-1].status
+
+
 def test_what_a_plugin_prints_is_no_result(capsys):
     def load():
         print("hello")
@@ -150,7 +169,9 @@ def test_what_could_not_be_used_is_one_sentence_that_names_plugin_and_distributi
 def test_an_inverse_of_another_type_names_plugin_and_distribution():
     wrong = named("own", inverse=lambda self, damping=None: torch.eye(2))
     wrong.__module__ = "sparsekit_obs.estimator"
-    with pytest.raises(PluginError, match="'own' .plugin 'obs' of sparsekit-obs .* returned a Tensor"):
+    with pytest.raises(
+        PluginError, match="'own' .plugin 'obs' of sparsekit-obs .* returned a tensor .2, 2.; a sparsekit.InverseFisher"
+    ):
         inverse_of(wrong(None, None))
 
 
@@ -162,3 +183,10 @@ def test_installed_plugins_are_found_by_entry_point():
 def test_a_real_entry_point_that_is_missing_is_a_finding():
     point = EntryPoint("ghost", "sparsekit_ghost", "sparsekit")
     assert Registry(builtins, [point]).plugins[-1].status.startswith("ModuleNotFoundError")
+
+
+@pytest.mark.parametrize("scores", [None, torch.ones(2), torch.ones(1, 3)])
+def test_scores_of_another_shape_name_plugin_and_distribution(scores):
+    wrong = type("Odd", (), {"name": "odd", "score": lambda self, context: scores, "__module__": "sparsekit_obs"})
+    with pytest.raises(PluginError, match=r"'odd' .plugin 'obs' of sparsekit-obs .* a tensor \(3,\), a score for each"):
+        scores_of(wrong(), SimpleNamespace(weights=torch.ones(3)))

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from sparsekit.cli.display import Lines
 from sparsekit.cli.terminal import console as terminal
-from sparsekit.cli.terminal import marked
+from sparsekit.cli.terminal import keep, marked
 from sparsekit.compare import engine
 from sparsekit.compare.engine import Engine, Sketch
 from sparsekit.compare.executors import Executor, LocalExecutor, RayExecutor
@@ -62,6 +62,7 @@ def compare(
                 lambda: EXECUTORS[executor](count, threads, sketch.memory, int(device.type == "cuda")),
                 retry_failed,
             )
+    keep(report)
     if not print_outcome(found, report, trouble):
         sys.exit(1)
 

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from sparsekit.cli.terminal import console as terminal
+from sparsekit.cli.terminal import keep
 from sparsekit.errors import SettingsError
 from sparsekit.masks import Count, Overlap, TensorCount, apply_mask, count, overlap_of, overlaps, read_mask, total
 from sparsekit.models import read_state_dict
@@ -99,6 +100,7 @@ def apply(
         raise SettingsError(f"the output '{output}' exists; give another name, or --force to replace it")
     applied = apply_mask(read_mask(path), read_state_dict(weights))
     write_tensors(output, applied.weights, {"format": "pt"})
+    keep(output)
     typer.echo(f"{applied.zeroed:,} weights newly set to zero, {applied.already:,} were zero already.")
     for name, parameter in applied.tied.items():
         typer.echo(f"'{name}' has the values of '{parameter}' and was masked with it.")
