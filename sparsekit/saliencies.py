@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from sparsekit.linalg import eliminate
 from sparsekit.parameters import ParameterSpace
 
 #: Blocks of float64 that are alive at a time for each row whose weights `obs-rows` eliminates.
-COPIES = 3
+COPIES = 4
 
 
 class Magnitude(Saliency):
@@ -60,7 +61,7 @@ class RowSettings(Settings):
     longest: int = Field(
         4096, ge=1, description="weights of a row that are taken together; the rest of a longer row is held as well"
     )
-    slice_mebibytes: int = Field(256, ge=1, description="memory for the rows that are worked on at a time")
+    slice_mebibytes: int = Field(512, ge=1, description="memory for the rows that are worked on at a time")
 
 
 class RowSurgeon(Saliency):
@@ -84,29 +85,36 @@ class RowSurgeon(Saliency):
         """(n,) marginal costs in units of the loss, float64 so that the order of equals is kept; zero where gone."""
         operator, weights = context.inverse.operator, context.weights.double()
         scores = torch.zeros_like(weights)
-        for index in self._slices(context.space, context.mask.kept):
+        for index in self._slices(context.space, operator.stretches(), context.mask.kept):
             inside = index >= 0
-            costs = eliminate(operator.conditioned_blocks(index), weights[index.clamp_min(0)] * inside, inside)
-            scores[index[inside]] = costs[inside]
+            sigma = operator.conditioned_blocks(index)
+            costs = eliminate(sigma, (weights[index.clamp_min(0)] * inside).to(sigma), inside)
+            scores[index[inside]] = costs[inside].double()
         return scores
 
-    def _slices(self, space: ParameterSpace, kept: Tensor) -> Iterator[Tensor]:
-        """The kept coordinates of pieces of rows, padded by −1 behind them: (m, B), few enough for the memory."""
+    def _slices(self, space: ParameterSpace, stretches: Sequence[int], kept: Tensor) -> Iterator[Tensor]:
+        """Kept coordinates of pieces of rows that H couples, with −1 behind short ones: (m, B) that fit the memory."""
+        device = kept.device
+        begins = torch.zeros(space.size, dtype=torch.bool, device=device)  # a piece
+        begins[torch.tensor([0, *stretches[:-1]], device=device).cumsum(0)] = True
         for info in space.parameters:
-            rows = torch.arange(info.start, info.start + info.size, device=kept.device).view(info.shape[0], -1)
-            for piece in rows.split(self.settings.longest, dim=1):
-                counts, order = kept[piece].sum(1).sort(stable=True)  # rows of like length beside one another
-                first, lengths = int((counts == 0).sum()), counts.tolist()
-                while first < len(lengths):
-                    last = first
-                    while last < len(lengths) and self._fits(last + 1 - first, lengths[last]):
-                        last += 1
-                    last = max(last, first + 1)
-                    some = piece[order[first:last]]
-                    front = (~kept[some]).sort(dim=1, stable=True).indices[:, : lengths[last - 1]]
-                    index = some.gather(1, front)
-                    yield torch.where(kept[index], index, -1)
-                    first = last
+            begins[info.slice].view(info.shape[0], -1)[:, :: self.settings.longest] = True
+        for info in space.parameters:
+            starts, coordinates = (x[info.slice].nonzero()[:, 0] + info.start for x in (begins, kept))
+            first = torch.searchsorted(coordinates, starts)  # of each piece among the coordinates that are kept
+            counts = torch.diff(first, append=first.new_tensor([len(coordinates)]))
+            order = counts.argsort(stable=True)  # pieces of like length beside one another
+            lengths = counts[order].tolist()
+            done = bisect_right(lengths, 0)
+            while done < len(lengths):
+                end = bisect_left(range(done + 2, len(lengths) + 1), True, key=self._too_many(lengths, done)) + done + 1
+                some = order[done:end, None]
+                place = torch.arange(lengths[end - 1], device=device).expand(len(some), -1)
+                inside = place < counts[some]
+                yield torch.where(inside, coordinates[torch.where(inside, first[some] + place, 0)], -1)
+                done = end
 
-    def _fits(self, rows: int, length: int) -> bool:
-        return rows * length * length * COPIES * 8 <= self.settings.slice_mebibytes << 20
+    def _too_many(self, lengths: Sequence[int], start: int) -> Callable[[int], bool]:
+        """Whether the pieces from `start` to an end need more than the memory of a slice, all as long as the last."""
+        most = (self.settings.slice_mebibytes << 20) // (8 * COPIES)
+        return lambda end: (end - start) * lengths[end - 1] ** 2 > most

@@ -11,7 +11,7 @@ from sparsekit.errors import CurvatureError
 PANEL = 64
 
 #: Part of a block that is still left when what was taken is put aside: copying a block costs several updates of it.
-CROWDED = 0.75
+CROWDED = 0.6
 
 
 def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
@@ -21,8 +21,8 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
     before is raised to just above it, so that one threshold takes from each block a beginning of its order.
 
     Args:
-        sigma: (m, B, B), Σ in each block, float64; it is overwritten.
-        weights: (m, B), zero where they are gone.
+        sigma: (m, B, B), Σ in each block; it is overwritten.
+        weights: (m, B), of the same type, zero where they are gone.
         kept: (m, B) bool; those that are gone are eliminated first, at no cost.
 
     Returns:
@@ -35,6 +35,7 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
     """
     count, block = weights.shape[1], torch.arange(len(weights), device=weights.device)
     costs, weights, kept = torch.zeros_like(weights), weights.clone(), kept.clone()
+    sigma = sigma.contiguous()
     place = torch.arange(count, device=weights.device).expand(len(weights), -1)  # where what is worked on came from
     left = torch.ones_like(kept)
     reached, no_bound = torch.zeros_like(weights[:, 0]), weights.new_tensor(torch.inf)
@@ -45,7 +46,7 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
         factor = sigma.new_empty(len(sigma), panel, width)  # Σ now is `sigma` − factorᵀ factor
         some_gone = not bool(kept.all())
         for k in range(panel):
-            cost = weights.square().div_(diagonal)
+            cost = (weights * weights).div_(diagonal)
             if some_gone:
                 cost.masked_fill_(~kept, -1.0)
             least, i = cost.min(1)
@@ -73,10 +74,19 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
         if remain <= CROWDED * width:
             rest = left.nonzero()[:, 1].view(len(left), -1)  # as many in each block
             factor = factor.gather(2, rest[:, None].expand(-1, panel, -1))
-            sigma = torch.stack([s.index_select(0, r).index_select(1, r) for s, r in zip(sigma, rest, strict=True)])
+            sigma = _compressed(sigma, rest)
             weights, kept, left, place = (x.gather(1, rest) for x in (weights, kept, left, place))
         sigma.baddbmm_(factor.mT, factor, alpha=-1)
     return costs
+
+
+def _compressed(blocks: Tensor, rest: Tensor) -> Tensor:
+    """Principal parts of blocks (m, B, B) at `rest` (m, b), b < B, in their own memory: fresh memory is slow."""
+    size = rest.shape[1]
+    out = blocks.view(-1)[: len(rest) * size * size].view(len(rest), size, size)
+    for target, block, chosen in zip(out, blocks, rest, strict=True):  # behind what is still to be read
+        target.copy_(block.index_select(0, chosen).index_select(1, chosen))
+    return out
 
 
 def check_pivots(smallest: Tensor) -> None:

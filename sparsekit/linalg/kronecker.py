@@ -19,8 +19,8 @@ _SLICE = 1 << 26
 #: Rows of a matrix that may meet in a principal block which is taken row by row; the work grows with their square.
 MOST_ROWS = 32
 
-#: Parts that the rows of a symmetric product are computed in, and their least number, so that half of it is saved.
-TILES, TILE = 5, 64
+#: Magnification of rounding up to which single precision leaves about three digits.
+SINGLE_PRECISION_RANGE = 1e4
 
 
 def kronecker_product(factors: Factors, X: Tensor, *, transposed: bool = False) -> Tensor:
@@ -123,13 +123,23 @@ class KroneckerDiagonal(LinearOperator):
         return self._principal(self._inverses, self.q.reciprocal(), outer, index)
 
     def conditioned_blocks(self, index: Tensor) -> Tensor:
-        """Of rows without an inversion: H_oo = V diag(h_o) Vᵀ, so that (H_oo)⁻¹ = V⁻ᵀ diag(1/h_o) V⁻¹."""
+        """Of rows without an inversion: H_oo = V diag(h_o) Vᵀ, so that (H_oo)⁻¹ = V⁻ᵀ diag(1/h_o) V⁻¹.
+
+        In the operator's type as long as Σ_ii H_ii, by which eliminating the others magnifies the rounding of Σ_ii, is
+        below SINGLE_PRECISION_RANGE.
+        """
         rows, width = index[:, 0] // self._width, self._width
         places = torch.arange(index.shape[1], device=index.device)
         if index.shape[1] != width or not bool((index == rows[:, None] * width + places).all()):
             return super().conditioned_blocks(index)
-        spectra = self._spectra(self._inverses, self.q.reciprocal(), rows).reciprocal()
-        return self._scaled(self._inside(self.factors, spectra, index), self.outer, index).double()
+        h = self._spectra(self._inverses, self.q.reciprocal(), rows)
+        if all(U is None for U in self.factors[1:]):
+            return self._scaled(torch.diag_embed(h.reciprocal()), self.outer, index)
+        there, back = self._rest(self.factors, index), self._rest(self._inverses, index)
+        diagonals = [(V.square() @ x[..., None])[..., 0] for V, x in ((there, h.reciprocal()), (back, h))]
+        if float((diagonals[0] * diagonals[1]).max()) > SINGLE_PRECISION_RANGE:
+            there, h = there.double(), h.double()
+        return self._scaled((there / h[:, None]) @ there.mT, self.outer, index)
 
     def _principal(self, factors: Factors, q: Tensor, outer: Tensor | None, index: Tensor) -> Tensor:
         first = index.amax(1, keepdim=True).clamp_min(0)
@@ -170,17 +180,22 @@ class KroneckerDiagonal(LinearOperator):
 
     def _inside(self, factors: Factors, spectra: Tensor, index: Tensor) -> Tensor:
         """V[c] diag(spectrum) V[d]ᵀ for the coordinates c, d (m, B) of one row a block, V = U_2 ⊗ … ⊗ U_m."""
-        place, group = index % self._width, index[:, :1] // (self._width * self.q.shape[1])
         if all(U is None for U in factors[1:]):
-            return torch.diag_embed(spectra.gather(1, place))
+            return torch.diag_embed(spectra.gather(1, index % self._width))
+        V = self._rest(factors, index)
+        return (V * spectra[:, None]) @ V.mT
+
+    def _rest(self, factors: Factors, index: Tensor) -> Tensor:
+        """U_2 ⊗ … ⊗ U_m at the coordinates of one row a block: (m, B, width), (B, width) where the same for all."""
+        place, group = index % self._width, index[:, :1] // (self._width * self.q.shape[1])
         if bool((group == group[:1]).all()) and bool((place == place[:1]).all()):
-            place, group = place[0], group[0]  # all blocks have these rows of V in common
+            place, group = place[0], group[0]
         modes = self.q.shape[2:]
-        V = spectra.new_ones(*place.shape, 1)
+        V = self.q.new_ones(*place.shape, 1)
         for U, at, d in zip(factors[1:], torch.unravel_index(place, modes), modes, strict=True):
             rows = torch.nn.functional.one_hot(at, d).to(V) if U is None else U[group, at]
             V = (V[..., None] * rows[..., None, :]).flatten(-2)
-        return _weighted_gram(V, spectra)
+        return V
 
     def _by_rows(self, factors: Factors, q: Tensor, index: Tensor, ranks: Tensor) -> Tensor:
         """Blocks of matrices: between row r and row s, V[c] diag((U[r] ∘ U[s]) q) V[d]ᵀ for columns c and d.
@@ -240,20 +255,6 @@ def _between(factors: Factors, q: Tensor, group: int, left: Tensor, right: Tenso
         rows = U[group, here] * U[group, there]
         T = torch.tensordot(rows, q, 1) if i == 0 else torch.einsum("pi,pi...->p...", rows, T)
     return T
-
-
-def _weighted_gram(V: Tensor, weights: Tensor) -> Tensor:
-    """V diag(weights_b) Vᵀ for V (B, n), or (m, B, n), and weights (m, n): (m, B, B), half of it computed."""
-    size = V.shape[-2]
-    out = weights.new_empty(len(weights), size, size)
-    step = max(TILE, -(-size // TILES))
-    for first in range(0, size, step):
-        here = slice(first, min(first + step, size))
-        out[:, here, : here.stop] = (V[..., here, :] * weights[:, None]) @ V[..., : here.stop, :].mT
-        out[:, :first, here] = out[:, here, :first].mT
-        tile = out[:, here, here]
-        tile.copy_(tile.tril() + tile.tril(-1).mT)  # symmetric to the last bit
-    return out
 
 
 def _ranks(rows: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class LinearOperator(ABC):
             index: (m, B), padded as for `blocks`.
 
         Returns:
-            (m, B, B), float64.
+            (m, B, B), a new tensor, float64 where the operator's type would not do.
 
         Raises:
             CurvatureError: a block is not positive definite to RELATIVE_PIVOT, or see `inverse_blocks`.

@@ -460,10 +460,11 @@ def _gathered(
         if bool(here.any()):
             mine = inside[here]
             found = getattr(part, of.__name__)(torch.where(mine, index[here] - where.start, -1))
-            if bool(mine.all()) and bool(here.all()):
-                return found  # all of it lies in this part
+            if bool((inside | (index < 0)).all()):
+                return found
             out = found.new_zeros(*index.shape, index.shape[1]) if out is None else out
-            out[here] += found * (mine[:, :, None] & mine[:, None, :])
+            out = out.to(torch.promote_types(out.dtype, found.dtype))
+            out[here] += found.to(out) * (mine[:, :, None] & mine[:, None, :])
     assert out is not None  # the parts cover all coordinates
     return padded(out, index)
 
