@@ -186,7 +186,7 @@ class Engine:
         for run in done:
             self.finished(run)
         open_runs = [run for run in plan.runs if not found.finished(run)]
-        todo = open_runs if again else [run for run in open_runs if run.directory not in found.failures]
+        todo = [run for run in open_runs if not run.lost and (again or run.directory not in found.failures)]
         for run in todo:
             failure_path(self.directory, run).unlink(missing_ok=True)  # it is now to be seen anew
         self._work([Job(self.directory, runs, again) for runs in self._grouped(todo)], len(plan.runs), executor)
@@ -211,10 +211,24 @@ class Engine:
         futures = [executor.submit(tuning.search, job) for job in jobs]
         tuned = []
         for done, (job, future) in enumerate(zip(jobs, futures, strict=True), 1):
-            tuned.append(_survived(executor, job, future))
+            tuned.append(self._survived(executor, job, future))
             self.tell("tuning", done, len(jobs))
         write(tuning.told(self.given, points, tuned, key), self.directory / TUNING)
         return tuned
+
+    def _survived(self, executor: Executor, job: tuning.Search, future: Future[Tuned]) -> Tuned:
+        """What a search has found; where its worker died, another one goes on, as long as a step was done between."""
+        before, deaths = -1, 0
+        while True:
+            try:
+                return future.result()
+            except WorkerDied as error:
+                steps = tuning.steps(job, self.registry)
+                before, deaths = steps, deaths + 1 if steps == before else 1
+                if deaths == DEATHS:
+                    lost = Trial(damping=math.nan, value=-math.inf, cause=f"{error} ({DEATHS} times)")
+                    return Tuned(axes=dict(job.axes), trials=[lost], damping=None)
+                future = executor.submit(tuning.search, job)
 
     def plan(self, points: Sequence[Point], tuned: Sequence[Tuned]) -> Plan:
         """All runs, with the directories that their records will have."""
@@ -223,6 +237,7 @@ class Engine:
             settings = tuning.settled(point, self.given.tune, tuned)
             changed = replace(point, settings=settings, resolved=resolve(settings, self.registry))
             memory, differs = _memory(changed), departures(changed, self.registry)
+            lost = tuning.lost(point, self.given.tune, tuned)
             for seed in self.given.seeds:
                 seeded = {**settings, "seed": seed}
                 own = resolve({**seeded, "output": str(self.directory / RUNS)}, self.registry)
@@ -238,6 +253,7 @@ class Engine:
                         settings=seeded,
                         departures=differs,
                         memory_bytes=memory,
+                        lost=lost,
                     )
                 )
         return Plan(
@@ -328,19 +344,6 @@ class Engine:
         except RecordError:
             return False
         return True
-
-
-def _survived(executor: Executor, job: tuning.Search, future: Future[Tuned]) -> Tuned:
-    """What a search has found; one whose worker died goes on in another one, a few times."""
-    for death in range(1, DEATHS + 1):
-        try:
-            return future.result()
-        except WorkerDied as error:
-            cause = str(error)
-            if death < DEATHS:
-                future = executor.submit(tuning.search, job)
-    lost = Trial(damping=math.nan, value=-math.inf, cause=f"{cause} ({DEATHS} times)")
-    return Tuned(axes=dict(job.axes), trials=[lost], damping=None)
 
 
 def _varies(points: Sequence[Point]) -> list[str]:

@@ -36,6 +36,7 @@ class PlannedRun(_Schema):
         default_factory=dict, description="settings that differ from the estimator's (or preset's) own defaults"
     )
     memory_bytes: int = Field(default=0, description="what its worker is expected to need at most")
+    lost: str = Field(default="", description="why it cannot be done: the search for its damping has failed")
 
 
 class Plan(_Schema):
@@ -118,6 +119,9 @@ class Comparison:
         records: dict[str, RunRecord] = {}
         failures: dict[str, Failure] = {}
         for run in plan.runs:
+            if run.lost:  # whatever lies there was made with another damping
+                failures[run.directory] = Failure(cause=run.lost, when="")
+                continue
             try:
                 found = read(Failure, directory / FAILURES / f"{Path(run.directory).name}.json")
                 record = RunDirectory(directory / run.directory).read()

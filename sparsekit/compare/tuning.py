@@ -11,9 +11,10 @@ from typing import Any
 from sparsekit.compare.plan import TRIALS, Trial, Tuned, Tuning
 from sparsekit.compare.spec import ComparisonSettings, Point, TuningSettings
 from sparsekit.compare.work import one
-from sparsekit.errors import SparsekitError
-from sparsekit.records import RunRecord, run_key
-from sparsekit.settings import merge
+from sparsekit.errors import RecordError, SparsekitError
+from sparsekit.records import RunDirectory, RunRecord, run_key
+from sparsekit.registry import Registry
+from sparsekit.settings import merge, resolve
 from sparsekit.sharing import SharedStatistics
 
 
@@ -107,6 +108,27 @@ def key_of(jobs: Sequence[Search], made_of: Sequence[Mapping[str, Any]]) -> str:
     return run_key({"searches": searched, "made of": list(made_of)})
 
 
+def steps(job: Search, registry: Registry) -> int:
+    """How far a search has come: the steps, and beginnings, of all its trials' runs."""
+    own = _but_damping(resolve(job.settings, registry).as_dict())
+    count = 0
+    for path in (job.directory / TRIALS).glob("*/record.json"):
+        try:
+            record = RunDirectory(path.parent).read()
+        except RecordError:
+            continue
+        if record is not None and _but_damping(record.settings) == own:
+            count += 1 + len(record.steps)
+    return count
+
+
+def _but_damping(settings: Mapping[str, Any]) -> str:
+    """What the runs of one search have in common, hashed."""
+    estimator = {k: v for k, v in settings["estimator"].items() if k not in damped(0.0)["estimator"]}
+    rest = {key: value for key, value in settings.items() if key not in ("output", "tracking")}
+    return run_key({**rest, "estimator": estimator})
+
+
 def failed(tuned: Tuned) -> bool:
     """Whether a trial was lost, or all of them."""
     return tuned.damping is None or any(trial.cause for trial in tuned.trials)
@@ -127,8 +149,21 @@ def told(given: ComparisonSettings, points: Sequence[Point], tuned: Sequence[Tun
 
 
 def settled(point: Point, tune: TuningSettings | None, tuned: Sequence[Tuned]) -> dict[str, Any]:
-    """A point's settings, with the damping that was found for it."""
+    """A point's settings, with the damping that was found for it; where none was, see `lost`."""
     if tune is None or not point.tunable:
         return dict(point.settings)
-    [found] = [one.damping for one in tuned if one.axes == place(point, tune)]
+    found = _of(point, tune, tuned).damping
     return merge(point.settings, {} if found is None else damped(found))
+
+
+def lost(point: Point, tune: TuningSettings | None, tuned: Sequence[Tuned]) -> str:
+    """Why a point has no damping, though one was searched for; empty where it has, or needs none."""
+    if tune is None or not point.tunable:
+        return ""
+    found = _of(point, tune, tuned)
+    return "" if found.damping is not None else f"no damping was found for it: {found.trials[0].cause}"
+
+
+def _of(point: Point, tune: TuningSettings, tuned: Sequence[Tuned]) -> Tuned:
+    [found] = [one for one in tuned if one.axes == place(point, tune)]
+    return found

@@ -12,8 +12,8 @@ from sparsekit.compare.plan import Comparison, Tuning, read
 from sparsekit.compare.spec import ComparisonSettings
 from sparsekit.errors import RecordError
 from sparsekit.run import load_registry
-from sparsekit.settings import validated
-from sparsekit.sharing import SHARED_SECONDS
+from sparsekit.settings import merge, validated
+from sparsekit.sharing import SHARED_SECONDS, SharedStatistics
 
 REGISTRY = load_registry()
 MAGNITUDE = {"estimator": "identity", "saliency": "magnitude", "compensation": "none"}
@@ -264,17 +264,49 @@ def test_a_trial_that_fails_is_kept_with_its_cause_until_it_is_asked_for_again(t
     assert [trial.cause for trial in again.trials] == ["", ""]
 
 
-def test_a_search_that_kills_its_workers_leaves_the_method_untuned(tmp_path):
-    class Deadly(Inline):
-        def submit(self, function, job):
-            self.dying = int(function is tuning.search)
-            return super().submit(function, job)
+class DeadlySearches(Inline):
+    """Searches take their worker with them; with `trial`, a trial of theirs is done before."""
 
-    found = made(tmp_path, tune={"trials": 2})[0].run(Deadly())
-    [tuned] = found.tuning.tuned
-    assert tuned.damping is None
-    assert tuned.trials[0].cause == f"the worker process ended with code -9 ({DEATHS} times)"
+    def __init__(self, deaths, trial=False):
+        super().__init__()
+        self.deaths, self.trial = deaths, trial
+
+    def submit(self, function, job):
+        if function is not tuning.search or not self.deaths:
+            return super().submit(function, job)
+        self.deaths -= 1
+        if self.trial:
+            settings = merge(job.settings, tuning.damped(0.001 * 2**self.deaths))
+            work.one(job.directory / plan.TRIALS, settings, SharedStatistics())
+        self.dying = 1
+        return super().submit(function, job)
+
+
+def test_a_search_that_kills_its_workers_is_a_failure_of_its_runs(tmp_path):
+    found = made(tmp_path, tune={"trials": 2})[0].run(DeadlySearches(DEATHS))
+    [failure] = found.failures.values()
+    assert failure.cause.endswith(
+        f"no damping was found for it: the worker process ended with code -9 ({DEATHS} times)"
+    )
+    assert [run.axes["method"] for run in found.plan.runs if found.finished(run)] == ["magnitude"]
+
+
+def test_a_run_with_the_default_damping_does_not_stand_for_one_whose_search_failed(tmp_path):
+    made(tmp_path)[0].run(Inline())
+    found = made(tmp_path, tune={"trials": 2})[0].run(DeadlySearches(DEATHS))
+    assert [run.axes["method"] for run in found.plan.runs if found.finished(run)] == ["magnitude"]
+
+
+def test_a_search_that_failed_is_done_again_on_request_alone(tmp_path):
+    made(tmp_path, tune={"trials": 2})[0].run(DeadlySearches(DEATHS))
+    assert made(tmp_path, tune={"trials": 2})[0].run(Inline()).failures
+    found = made(tmp_path, tune={"trials": 2})[0].run(Inline(), again=True)
     assert all(found.finished(run) for run in found.plan.runs)
+
+
+def test_a_search_goes_on_however_often_its_worker_dies_where_a_trial_was_done_in_between(tmp_path):
+    found = made(tmp_path, tune={"trials": 2})[0].run(DeadlySearches(DEATHS + 1, trial=True))
+    assert not found.failures
 
 
 def test_multiply_adds_are_those_of_the_layers(tmp_path):
