@@ -68,7 +68,8 @@ def test_more_than_half_of_the_outputs_are_worth_a_word_once():
 
 
 def test_prune_warns_of_a_layer_that_is_gone():
-    given = {"loss": "categorical", "estimator": "identity", "sparsity": 0.8, "pattern": FLOORLESS}
+    magnitude = {"name": "identity", "examples": 8}  # by default it takes none, and outputs are not looked at
+    given = {"loss": "categorical", "estimator": magnitude, "sparsity": 0.8, "pattern": FLOORLESS}
     with pytest.warns(DegradedWarning) as told:
         done = sparsekit.prune(network(), data(), **given)
     assert [str(w.message) for w in told] == list(done.degraded)

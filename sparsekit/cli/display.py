@@ -184,7 +184,7 @@ def print_preview(preview: Preview, as_json: bool) -> None:
     import yaml
 
     console = terminal()
-    console.print(yaml.safe_dump(preview.settings, sort_keys=False).rstrip(), highlight=False)
+    console.print(yaml.safe_dump(preview.settings, sort_keys=False).rstrip(), soft_wrap=True, highlight=False)
     table = Table("parameter", "shape", "weights or why it is skipped")
     if preview.structures:
         table.add_column("modelled as")
