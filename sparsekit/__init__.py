@@ -5,6 +5,7 @@ from sparsekit.curvature.vectors import FisherKind
 from sparsekit.errors import (
     CurvatureError,
     DataError,
+    DegradedWarning,
     ModelError,
     PluginError,
     RecordError,
@@ -42,6 +43,7 @@ __all__ = [
     "CurvatureError",
     "CurvatureEstimator",
     "DataError",
+    "DegradedWarning",
     "EstimatorSettings",
     "FinetuneSettings",
     "FisherKind",

@@ -1,4 +1,4 @@
-"""Addresses of MLflow as users give them: refused where they can be none."""
+"""Addresses of MLflow as users give them: refused where they can be none, shown without what is secret in them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,24 @@ def check(uri: str) -> None:
         raise TrackingError(f"MLflow knows no addresses that begin with '{scheme}://'; known: {', '.join(known)}")
     if scheme.lower() in ("http", "https") and not _is_of_a_server(uri):
         raise TrackingError("the address of the MLflow server is not valid; give http://HOST:PORT, without white space")
+
+
+def redacted(uri: str) -> str:
+    """The address as it may be written and shown: without user, password and query."""
+    return without_secrets(uri, uri)
+
+
+def without_secrets(text: str, uri: str) -> str:
+    """A text that may speak of an address, with `***` for what is secret in that."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return text
+    user, at, _ = parts.netloc.rpartition("@")
+    for secret in (user if at else "", parts.password or "", parts.query if parts.scheme != "sqlite" else ""):
+        if secret:
+            text = text.replace(secret, "***")
+    return text
 
 
 def _is_of_a_server(uri: str) -> bool:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparsekit.errors import DataError, ModelError, SettingsError
+from sparsekit.errors import DataError, DegradedWarning, SettingsError
 from sparsekit.interfaces import ReconstructionSettings, measure
 from sparsekit.likelihoods import Likelihood, Loss, as_likelihood
+from sparsekit.networks import check_kind, copied, without_autocast
 from sparsekit.objective import Batch, Objective, pairs
 from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.provenance import available_memory
 from sparsekit.pruner import Metrics, Pruner, StepCompleted
 from sparsekit.reconstruction import Reconstruction
-from sparsekit.run import load_registry
+from sparsekit.run import degradations, load_registry
 from sparsekit.schedules import plan
-from sparsekit.settings import resolve
+from sparsekit.settings import ResolvedRun, resolve
+from sparsekit.unused import used
+
+#: Batches of data that have no length: who gives more, gives something with one.
+MOST_BATCHES = 10_000
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Pruned:
         dense: metrics before.
         steps: one event a cut, with metrics, predicted and measured increase, seconds.
         skipped: name -> why a parameter was not pruned.
+        degraded: what went less well, a sentence each: a layer that is gone, a solve that did not converge. Each is
+            a `DegradedWarning` too.
     """
 
     model: nn.Module
@@ -44,17 +49,11 @@ class Pruned:
     dense: Metrics
     steps: Sequence[StepCompleted]
     skipped: Mapping[str, str]
+    degraded: Sequence[str] = ()
 
 
-@contextmanager
-def _own_precision() -> Iterator[None]:
-    """No autocast but what the model does itself: its cache would keep weights that have been changed since."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
-
-
-@_own_precision()
 @torch.inference_mode(False)  # gradients are taken here, whatever the caller has switched off
+@without_autocast()
 def prune(
     model: nn.Module,
     data: Iterable[Batch],
@@ -78,16 +77,22 @@ def prune(
 ) -> Pruned:
     """Prune a trained network and move the surviving weights to make up for it.
 
+    Autocast that is on around the call is off within it; in the model's own `forward` it stays.
+
     Args:
-        model: any module from one tensor of inputs to one of outputs, on the CPU or a CUDA device; MPS lacks the
-            float64 that sums are taken in.
+        model: any module from one tensor of inputs to one of outputs that treats each example alone in evaluation mode,
+            on the CPU or a CUDA device; MPS lacks the float64 that sums are taken in. Modules that were put in
+            evaluation mode while the model is in training mode stay there in fine-tuning: batch norm keeps its
+            statistics. A model in evaluation mode is fine-tuned in training mode throughout.
         data: batches (inputs, targets), pairs of tensors, of training examples; calibration and fine-tuning use them.
+            They must end: with a length, or after 10,000 batches at most.
         loss: 'categorical', 'bernoulli', 'gaussian', a `Likelihood`, or torch's cross-entropy, negative
             log-likelihood, binary cross-entropy with logits or squared error, with class weights, ignored index and
             label smoothing as they are. Any other callable must be a mean (or sum) over the examples, and has no
             distribution to sample labels from: then give the estimator fisher='empirical'.
         sparsity: fraction of the prunable weights to remove, in [0, 1).
-        estimator: a name, or a mapping with `name` and settings: {"name": "fishleg", "examples": 512}.
+        estimator: a name, or a mapping with `name` and settings: {"name": "fishleg", "examples": 512}. Without a
+            number there are as many calibration examples as the data has, at most 1,024.
         saliency: the same.
         pattern: the same.
         schedule: the same.
@@ -99,8 +104,9 @@ def prune(
         finetune: settings such as {"epochs": 1, "learning_rate": 0.01}; without it there is none. `batch_size` is not
             among them: the batches are those of `data`.
         evaluation: batches, or model -> metrics; by default the loss and accuracy on `data`.
-        include: shell patterns of parameter names to prune; by default weights of two or more dimensions.
-        exclude: shell patterns that win over `include`.
+        include: names of parameters to prune, or shell patterns of them; by default what layers multiply with, see
+            `ParameterSpace.of`, but for what the loss does not depend on.
+        exclude: the same, and wins over `include`.
         seed: of sampled labels and everything else that is random.
         inplace: prune `model` itself rather than a copy.
 
@@ -127,20 +133,23 @@ def prune(
     }
     resolved = resolve(raw, load_registry())
     likelihood = as_likelihood(loss)
-    _check_supported(model)
+    check_kind(model)
     space = ParameterSpace.of(model, include=include, exclude=exclude)
-    model = model if inplace else _copied(model)
+    model = model if inplace else copied(model)
     device = next(model.parameters()).device
+    batches = _ending(data, "data", available_memory(device).host // 2)
+    resolved = _fitted(resolved, batches)
     resolved.classes["estimator"].check(model, space, resolved.options["estimator"], available_memory(device))
-    batches: Iterable[Batch] = list(data) if isinstance(data, Iterator) else data
     Objective(model, likelihood, batches, space).check()
+    options: Any = resolved.options["estimator"]
+    some = _some(batches, options.examples, options.batch_size)
+    space, degraded = used(Objective(model, likelihood, some, space), included=include is not None)
     how = resolved.settings.reconstruction
     if how.how != "none":
         Reconstruction.check(model, space, _anchors(batches, how), how, available_memory(device).device)
-    options: Any = resolved.options["estimator"]
-    judge: Iterable[Batch] | Callable[[nn.Module], Metrics] = batches if evaluation is None else evaluation
-    if isinstance(judge, Iterator):
-        judge = list(judge)
+    judge = batches if evaluation is None else evaluation
+    if not callable(judge):
+        judge = _ending(judge, "evaluation", available_memory(device).host // 2)
     pruner = Pruner(
         model=model,
         space=space,
@@ -156,7 +165,7 @@ def prune(
             substeps=substeps,
             finetune=resolved.finetune.epochs > 0,
         ),
-        calibration=lambda generator: _calibration(batches, options),
+        calibration=lambda generator: _examples(batches, options.examples, options.batch_size, options.fitting),
         reconstruction=how,
         anchors=lambda generator: _anchors(batches, how),
         measure=judge if callable(judge) else (lambda model: measure(model, likelihood, judge)),
@@ -167,46 +176,80 @@ def prune(
     )
     done = [event for event in pruner.run() if isinstance(event, StepCompleted)]
     mask = pruner.state.mask or Mask.full(space.size, device)
-    return Pruned(model, space.unflatten(mask.kept), mask.sparsity, pruner.state.dense or {}, done, space.skipped)
+    degraded += [line for event in done for line in degradations(event, pruner.compensation)]
+    for line in degraded:
+        warnings.warn(line, DegradedWarning, stacklevel=2)
+    kept, dense = space.unflatten(mask.kept), pruner.state.dense or {}
+    return Pruned(model, kept, mask.sparsity, dense, done, space.skipped, degraded)
 
 
-def _check_supported(model: nn.Module) -> None:
-    """Refuse kinds of modules whose gradients by example cannot be had.
+def _some(batches: Iterable[Batch], examples: int, batch_size: int) -> Iterator[Batch]:
+    """The data's batches, cut where they are larger than `batch_size`, until `examples` have come; read as needed."""
+    for inputs, targets in pairs(batches):
+        yield from zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+        examples -= len(targets)
+        if examples <= 0:
+            return
+
+
+def _ending(batches: Iterable[Batch], name: str, memory: int) -> Iterable[Batch]:
+    """The batches, which can be gone over again and come to an end: an iterator's are held.
+
+    Args:
+        batches: any.
+        name: of the argument.
+        memory: bytes that the batches of an iterator can take.
 
     Raises:
-        ModelError: with what to give instead.
+        DataError: an iterator gives more than MOST_BATCHES, or than there is memory for.
     """
-    if not any(True for _ in model.parameters()):
-        raise ModelError(f"the model {type(model).__name__} has no parameters")
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise ModelError(f"the model is wrapped in {type(model).__name__}; give the module inside: model.module")
-    for name, module in model.named_modules():
-        what = f"the layer '{name}'" if name else "the model"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError(f"{what} is a ScriptModule, which gives no gradients by example; give the module it is of")
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
-            raise ModelError(f"{what} normalises by its batch; a batch norm with running statistics was needed")
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise ModelError(f"{what} has sparse gradients; set its `sparse` to False, which changes no output")
-    absent = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
-    if absent is not None:
-        raise ModelError(f"the parameter '{absent}' is on the meta device and has no values; load the weights first")
+    if not isinstance(batches, Iterator):
+        try:
+            len(batches)  # type: ignore[arg-type]
+        except TypeError:
+            return _Bounded(batches, name)
+        return batches
+    held: list[Batch] = []
+    size = 0
+    for batch in pairs(_Bounded(batches, name)):
+        held.append(batch)
+        size += sum(part.nbytes for part in batch)
+        if size > memory:
+            raise DataError(
+                f"`{name}` is an iterator, whose batches are held to be gone over again, and gave {len(held):,} of "
+                f"them, {size / 2**20:,.0f} MiB, without coming to an end; give a DataLoader, or the first so many: "
+                "list(itertools.islice(data, 100))"
+            )
+    return held
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return deepcopy(model)
-    except RuntimeError as error:
-        raise ModelError(
-            f"the model {type(model).__name__} cannot be copied ({str(error).splitlines()[0]}): a module keeps a "
-            "tensor of an earlier pass; delete it, or give inplace=True"
-        ) from None
+class _Bounded:
+    """Batches without a length, up to MOST_BATCHES of them."""
+
+    def __init__(self, batches: Iterable[Batch], name: str) -> None:
+        self._batches, self._name = batches, name
+
+    def __iter__(self) -> Iterator[Batch]:
+        for count, batch in enumerate(self._batches):
+            if count == MOST_BATCHES:
+                raise DataError(
+                    f"`{self._name}` has no length and gave {MOST_BATCHES:,} batches without coming to an end; take "
+                    "the first so many, list(itertools.islice(data, 100)), or give it a length (__len__)"
+                )
+            yield batch
 
 
-def _calibration(batches: Iterable[Batch], options: Any) -> list[Batch]:
-    """The estimator's examples; where nobody said how many, as many as there are, up to its default."""
-    asked = "examples" in options.model_fields_set
-    return _examples(batches, options.examples, options.batch_size, options.fitting, fewer=not asked)
+def _fitted(resolved: ResolvedRun, batches: Iterable[Batch]) -> ResolvedRun:
+    """The run with as many examples as there are where nobody set a number."""
+    given: Any = resolved.options["estimator"]
+    how = resolved.settings.reconstruction
+    most = max(given.examples, how.examples if how.how != "none" else 0)
+    count = 0
+    for _, targets in pairs(batches) if most else ():
+        count += len(targets)
+        if count >= most:
+            break
+    return resolved.fitted(count) if most else resolved
 
 
 def _anchors(batches: Iterable[Batch], how: ReconstructionSettings) -> list[Batch]:
@@ -217,7 +260,6 @@ def _anchors(batches: Iterable[Batch], how: ReconstructionSettings) -> list[Batc
         lambda available: available,
         "reconstruction",
         "reconstruct",
-        fewer="examples" not in how.model_fields_set,
     )
 
 
@@ -228,18 +270,18 @@ def _examples(
     fitting: Callable[[int], int],
     what: str = "the estimator",
     argument: str = "estimator",
-    *,
-    fewer: bool = False,
 ) -> list[Batch]:
-    """The first `examples` of the batches, or `fewer` where they are no more, cut anew into batches of `batch_size`."""
+    """The first `examples` of the batches, cut anew into batches of `batch_size`."""
     taken: list[Batch] = []
     count = 0
+    if not examples:
+        return taken
     for inputs, targets in pairs(batches):
         taken.append((inputs[: examples - count], targets[: examples - count]))
         count += len(taken[-1][1])
         if count == examples:
             break
-    if count < examples and not (fewer and count):
+    if count < examples:
         most = fitting(count)
         key = "how" if argument == "reconstruct" else "name"
         raise DataError(

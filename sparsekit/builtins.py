@@ -6,7 +6,7 @@ from sparsekit.estimators import DiagonalFisher, Identity
 from sparsekit.hookspecs import hookimpl
 from sparsekit.interfaces import CurvatureEstimator, Pattern, Saliency, Schedule, Task
 from sparsekit.patterns import NM, Block, Uniform, Unstructured
-from sparsekit.saliencies import Magnitude, OptimalBrainSurgeon, Random
+from sparsekit.saliencies import Magnitude, OptimalBrainSurgeon, Random, RowSurgeon
 from sparsekit.schedules import Cubic, Exponential, Linear, OneShot
 from sparsekit.tasks import Cifar10, Digits, DigitsTransformer, ImageNet, Mnist, MnistAutoencoder, TinyImageNet
 
@@ -19,8 +19,8 @@ def sparsekit_estimators() -> Sequence[type[CurvatureEstimator]]:
 
 @hookimpl
 def sparsekit_saliencies() -> Sequence[type[Saliency]]:
-    """`magnitude`, `random` and `obs`."""
-    return [Magnitude, Random, OptimalBrainSurgeon]
+    """`magnitude`, `random`, `obs` and `obs-rows`."""
+    return [Magnitude, Random, OptimalBrainSurgeon, RowSurgeon]
 
 
 @hookimpl

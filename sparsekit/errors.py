@@ -38,6 +38,10 @@ class DamagedError(RecordError):
     """A file that a run has written is not whole any more; what it held can only be made again."""
 
 
+class DegradedWarning(UserWarning):
+    """What was asked for was done, and went less well than it should have."""
+
+
 def unknown_name(kind: str, given: str, known: Iterable[str], hint: str = "") -> str:
     """The sentence for a name that is not known: the nearest known name, and all of them."""
     names = sorted(known)

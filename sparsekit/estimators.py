@@ -21,10 +21,22 @@ from sparsekit.parameters import ParameterSpace
 from sparsekit.removal import InverseFisher
 
 
+class IdentitySettings(EstimatorSettings):
+    """Settings of `identity`."""
+
+    examples: int = Field(
+        0,
+        ge=0,
+        description="training examples that the loss is measured on before and after a cut; 0: none, but where "
+        "something else takes them",
+    )
+
+
 class Identity(CurvatureEstimator):
     """F = I: every weight counts alike. OBS saliency on it is magnitude, compensation moves nothing."""
 
     name: ClassVar[str] = "identity"
+    Settings: ClassVar[type[EstimatorSettings]] = IdentitySettings
 
     @classmethod
     def unit(cls, settings: Any) -> Literal["loss", "other", "layer"]:
@@ -132,7 +144,7 @@ class BlockFisherSettings(EstimatorSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> BlockFisherSettings:
-        if self.examples % self.average:
+        if "examples" in self.model_fields_set and self.examples % self.average:
             fits = max(self.examples // self.average, 1) * self.average
             raise ValueError(f"average={self.average} must divide examples={self.examples}; examples={fits} would do")
         if self.fisher == "exact" and (self.average > 1 or self.store == "rows"):

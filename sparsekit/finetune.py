@@ -11,7 +11,8 @@ from torch import nn
 from sparsekit.errors import CurvatureError
 from sparsekit.interfaces import FinetuneSettings
 from sparsekit.likelihoods import Likelihood
-from sparsekit.objective import Batch, pairs, tensor_outputs
+from sparsekit.networks import dense_gradients, refuse_autocast, tensor_outputs
+from sparsekit.objective import Batch, pairs, some
 from sparsekit.parameters import Mask, ParameterSpace
 
 
@@ -29,15 +30,18 @@ def finetune(
     """Train all of the model's parameters in place; removed weights stay zero.
 
     The mask is applied again after every optimiser step and the momentum of removed weights cleared, so that
-    neither weight decay nor momentum brings one back. Batch norm runs in training mode, unless the model was found in
-    training mode and the layer in evaluation mode: then it is frozen on purpose, and stays so.
+    neither weight decay nor momentum brings one back.
+
+    A model that is given in evaluation mode is trained as a whole, with batch statistics in batch norm and dropout.
+    One that is given in training mode is trained in the modes that its modules are in: a batch norm that somebody put
+    in evaluation mode keeps its statistics.
 
     Args:
         model: trained in place, left in its own mode.
         likelihood: the loss.
         batches: called once an epoch; gives that epoch's batches.
         space: the prunable weights.
-        mask: over them.
+        mask: over them, on any device.
         settings: the recipe.
         batches_per_epoch: how many batches an epoch has, to know the number of steps.
         progress: called with (steps done, steps in all).
@@ -47,8 +51,10 @@ def finetune(
 
     Raises:
         CurvatureError: the loss is not finite.
-        DataError, ModelError: a batch is no pair of tensors, or the model's output is none.
+        DataError, ModelError: a batch is no pair of tensors, an epoch has none, the model's output is none, or
+            autocast is on.
     """
+    refuse_autocast()
     total = math.ceil(settings.epochs * batches_per_epoch)
     if total == 0:
         return 0
@@ -62,16 +68,16 @@ def finetune(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, decay)
     device = next(model.parameters()).device
     tensors = space.tensors(model)
-    gone = {name: mask.removed[space[name].slice].view(p.shape) for name, p in tensors.items()}
+    removed = mask.removed.to(device)
+    gone = {name: removed[space[name].slice].view(p.shape) for name, p in tensors.items()}
     modes = {module: module.training for module in model.modules()}
-    frozen = [module for module, training in modes.items() if modes[model] and not training]
-    model.train()
-    for module in frozen:
-        module.train(False)
+    if not model.training:
+        model.train()
     taken = 0
     try:
-        with tensor_outputs(model), torch.enable_grad():  # whatever the caller has switched off
+        with dense_gradients(model), tensor_outputs(model), torch.enable_grad():  # whatever the caller has switched off
             while taken < total:
+                before = taken
                 for inputs, targets in pairs(batches(), device):
                     optimiser.zero_grad(set_to_none=True)
                     loss = likelihood.losses(model(inputs), targets).mean()
@@ -94,6 +100,7 @@ def finetune(
                         progress(taken, total)
                     if taken == total:
                         break
+                some(taken - before)  # or it would never end
     finally:
         optimiser.zero_grad(set_to_none=True)
         for module, training in modes.items():

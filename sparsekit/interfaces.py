@@ -44,7 +44,9 @@ class EstimatorSettings(Settings):
         description="importance: one column of the output curvature's root an example, drawn by its length; "
         "sampled: a label from the model; exact: all columns; empirical: the data's own labels",
     )
-    examples: int = Field(1024, ge=1, description="calibration examples for each estimate")
+    examples: int = Field(
+        1024, ge=1, description="calibration examples for each estimate; by default as many as there are, at most 1024"
+    )
     batch_size: int = Field(32, ge=1, description="examples in one forward and backward pass")
 
     def fitting(self, available: int) -> int:
@@ -262,6 +264,11 @@ class ScoreContext(ABC):
         """∇L(w), (n,), on the calibration examples."""
 
     @property
+    def space(self) -> ParameterSpace:
+        """The tensors that the weights come from."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which tensors its weights come from")
+
+    @property
     @abstractmethod
     def units(self) -> Units | None:
         """The pattern's units, None where weights go one by one."""
@@ -278,6 +285,8 @@ class Saliency(ABC):
     name: ClassVar[str]
     #: Whether it scores the groups of a pattern, and so needs a pattern that has them.
     of_groups: ClassVar[bool] = False
+    #: Whether it asks for the gradient, and so needs examples also where the estimator takes none.
+    takes_gradient: ClassVar[bool] = False
     Settings: ClassVar[type[Settings]] = Settings
 
     def __init__(self, settings: Any) -> None:
@@ -373,7 +382,11 @@ class ReconstructionSettings(Settings):
         description="after a cut, fit each layer's survivors to its outputs in the dense network: not at all, all "
         "outputs alike, or weighted by their Fisher information",
     )
-    examples: int = Field(1024, ge=1, description="training examples that are fitted, labels unused")
+    examples: int = Field(
+        1024,
+        ge=1,
+        description="training examples that are fitted, labels unused; by default as many as there are, at most 1024",
+    )
     batch_size: int = Field(64, ge=1, description="examples in one pass")
     positions: int | None = Field(
         64, ge=1, description="drawn for each example and layer, of those that a weight is applied at; null: all"

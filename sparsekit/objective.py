@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +13,10 @@ from torch import Tensor, nn
 
 from sparsekit.errors import CurvatureError, DataError, ModelError
 from sparsekit.likelihoods import Likelihood
+from sparsekit.networks import as_found, check_examples_apart, check_values, kind_of, outputs, tensor_outputs
 from sparsekit.parameters import ParameterSpace
+
+__all__ = ["Batch", "Objective", "as_found", "finite_loss", "pairs", "some", "tensor_outputs"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -32,7 +34,7 @@ def pairs(batches: Iterable[Any], device: torch.device | None = None) -> Iterato
     for batch in batches:
         if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
             raise DataError(
-                f"the data gave a batch of {_kind(batch)}; a pair of tensors (inputs, targets) was needed: map each "
+                f"the data gave a batch of {kind_of(batch)}; a pair of tensors (inputs, targets) was needed: map each "
                 "batch to such a pair, and wrap a model that takes several inputs in one that takes a single tensor"
             )
         inputs, targets = batch
@@ -44,58 +46,6 @@ def pairs(batches: Iterable[Any], device: torch.device | None = None) -> Iterato
         if device is not None:
             inputs, targets = (t.to(device, non_blocking=True) for t in (inputs, targets))
         yield inputs, targets
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, tuple | list) and len(value) <= 4:
-        return f"{type(value).__name__} ({', '.join(type(part).__name__ for part in value)})"
-    return f"type {type(value).__name__}"
-
-
-@contextmanager
-def tensor_outputs(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, a call of the model that does not return one tensor is a ModelError."""
-
-    def check(_model: nn.Module, _args: Any, output: object) -> None:
-        if not isinstance(output, Tensor):
-            raise ModelError(
-                f"the model {type(model).__name__} returned {_kind(output)}; one tensor was needed: wrap it in a "
-                "module that returns its logits alone"
-            )
-
-    handle = model.register_forward_hook(check)
-    try:
-        yield model
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def as_found(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode inside; modes, buffers, `requires_grad` and gradients as they were found afterwards.
-
-    Per-example gradients are not defined under batch statistics, and dropout would make them another
-    function's; so curvature is always that of the network in evaluation mode. Outputs that are not tensors are
-    refused, see `tensor_outputs`.
-    """
-    modes = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    owned = [(module, name, buffer) for module in modes for name, buffer in module._buffers.items()]
-    model.eval()
-    try:
-        with tensor_outputs(model):
-            yield model
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:  # such as a counter of calls, set in place or anew
-                buffer.copy_(before)
-            for module, name, found in owned:
-                module._buffers[name] = found
-        for module, training in modes.items():
-            module.training = training
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 @dataclass(frozen=True)
@@ -159,23 +109,40 @@ class Objective:
         """One batch through the model and the loss, so that what cannot be used is refused before any work.
 
         Raises:
-            DataError, ModelError: the batch is no pair of tensors, or the model's output is none.
+            DataError: the batch is no pair of tensors.
+            ModelError: the model does not take it, or its output is no tensor, or not that of each example alone.
             CurvatureError: a loss is not finite.
         """
+        check_values(self.model)
         with as_found(self.model), torch.no_grad():
             for inputs, targets in self.on_device():
-                if inputs.is_floating_point() and inputs.dtype.itemsize > self.dtype.itemsize:
-                    raise DataError(
-                        f"the data's inputs are {inputs.dtype}, the model {self.dtype}; convert one of them"
-                    )
-                output = self.model(inputs)
-                _check_examples_stand_alone(self.model, inputs, output)
+                output = outputs(self.model, inputs)
+                check_examples_apart(self.model, inputs)
                 losses = self.likelihood.losses(output, targets)
                 if not bool(losses.isfinite().all()):
                     raise CurvatureError(
                         "the loss is not finite at the weights given; check the data, the loss and the checkpoint"
                     )
+                check_examples_apart(self.model, inputs)
+                self._check_gradient(inputs[:1], targets[:1])
                 return
+
+    def _check_gradient(self, inputs: Tensor, targets: Tensor) -> None:
+        tensors = list(self.space.tensors(self.model).values())
+        for parameter in tensors:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            loss = self.likelihood.losses(self.model(inputs), targets).sum()
+        try:
+            if loss.requires_grad:
+                torch.autograd.grad(loss, tensors, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise ModelError(
+                f"the model {type(self.model).__name__} uses reentrant checkpointing, through which the gradients of "
+                "chosen tensors cannot be taken; call torch.utils.checkpoint.checkpoint with use_reentrant=False"
+            ) from error
 
     def count(self) -> int:
         """The number of examples, N."""
@@ -208,34 +175,6 @@ class Objective:
             some(count)
             raise AssertionError
         return total / count
-
-
-def _check_examples_stand_alone(model: nn.Module, inputs: Tensor, output: Tensor) -> None:
-    """Refuse a model that gives an example another output in a batch than alone: it has no loss by example.
-
-    Raises:
-        ModelError: the first example's outputs differ by more than rounding, and not from one call to the next.
-    """
-    if len(inputs) < 2:
-        return
-    alone, first = model(inputs[:1]).detach().double(), output[:1].detach().double()
-    if alone.shape != first.shape:
-        raise ModelError(
-            f"the model gives outputs {tuple(output.shape)} for {len(inputs)} examples, {tuple(alone.shape)} for one; "
-            "a row an example was needed"
-        )
-    tolerance = 100 * torch.finfo(output.dtype).eps ** 0.75  # 1e-3 of the largest output in float32, 4e-1 in bfloat16
-    scale = float(output.detach().double().abs().max())
-    if float((alone - first).abs().max()) <= tolerance * scale or not math.isfinite(scale):
-        return
-    again = model(inputs).detach().double()[:1]
-    if float((again - first).abs().max()) > tolerance * scale:  # random in evaluation mode: another matter
-        return
-    raise ModelError(
-        f"the model {type(model).__name__} gives an example another output in a batch than alone (differences of up to "
-        f"{float((alone - first).abs().max()) / max(scale, 1e-300):.1e} of the largest output): its loss is no mean "
-        "over examples, and has no curvature by example; take out what mixes them, such as a mean over the batch"
-    )
 
 
 class Mean:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Self
@@ -17,6 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from sparsekit.errors import ModelError
+from sparsekit.networks import check_kind
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class ParameterSpace:
             ModelError: nothing is left to prune, a pattern matches no parameter, or a weight is computed from others
                 at each call (weight_norm, spectral_norm, parametrizations, torch.nn.utils.prune).
         """
+        check_kind(model)
         named = dict(model.named_parameters())
         lazy = [name for name, tensor in named.items() if is_lazy(tensor)]
         if lazy:
@@ -125,8 +127,9 @@ class ParameterSpace:
             reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "it has no parameters"
             raise ModelError(f"the model has no prunable parameter ({reasons}); include some by name")
         for prefix, advice in _computed(model):
-            asked = (name for name in named if include is None or name in shapes)
-            found = next((n for n in asked if n.startswith(prefix) and skipped.get(n) != EXCLUDED), None)
+            # by default these have another name than the weight that would be pruned
+            asked = (name for name in named if name in shapes or skipped[name] == NOT_MULTIPLIED)
+            found = next((name for name in asked if name.startswith(prefix)), None)
             if found is not None:
                 raise ModelError(
                     f"'{found}' is what a weight is computed from at each call, so that zeros in it are none in the "
@@ -134,6 +137,18 @@ class ParameterSpace:
                 )
         owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in shapes}
         return cls(shapes, skipped=skipped, total=sum(t.numel() for t in named.values()), owners=owners)
+
+    def without(self, reasons: Mapping[str, str]) -> ParameterSpace:
+        """The space less some of its tensors, name -> why it is skipped; itself where there are none."""
+        if not reasons:
+            return self
+        rest = [info for info in self.parameters if info.name not in reasons]
+        out = ParameterSpace(
+            {info.name: info.shape for info in rest}, skipped={**self.skipped, **reasons}, total=self.total
+        )
+        out.parameters = tuple(replace(old, start=new.start) for old, new in zip(rest, out.parameters, strict=True))
+        out._by_name = {info.name: info for info in out.parameters}
+        return out
 
     def __len__(self) -> int:
         return len(self.parameters)
@@ -222,7 +237,7 @@ def _why_skipped(
 ) -> str | None:
     multiplied = any(word in name.rpartition(".")[2].lower() for word in MULTIPLIED)
     reasons = {
-        EXCLUDED: any(_matches(name, pattern) for pattern in exclude),
+        "excluded by name": any(_matches(name, pattern) for pattern in exclude),
         f"not floating point ({tensor.dtype})": not tensor.is_floating_point(),
         "it has no entries": not tensor.numel(),
     }
@@ -233,13 +248,13 @@ def _why_skipped(
             "frozen (requires_grad=False)": not tensor.requires_grad,
             "fewer than two dimensions (bias or normalisation)": tensor.dim() < 2,
             "normalisation": normalisation,
-            "no layer's weight by its name (a scale, a token or a table); include it to prune it": not multiplied,
+            NOT_MULTIPLIED: not multiplied,
         }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-#: Why a parameter is left alone that `exclude` names.
-EXCLUDED = "excluded by name"
+#: Why a parameter is left alone that no layer is known to multiply with.
+NOT_MULTIPLIED = "no layer's weight by its name (a scale, a token or a table); include it to prune it"
 
 #: Modules whose parameters scale what passes, whatever their shape.
 NORMALISATION = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
@@ -253,7 +268,10 @@ def _computed(model: nn.Module) -> Iterator[tuple[str, str]]:
     for name, module in model.named_modules():
         own = f"{name}." if name else ""
         if parametrize.is_parametrized(module):
-            yield f"{own}parametrizations.", "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+            assert isinstance(module.parametrizations, nn.ModuleDict)
+            for tensor in module.parametrizations:
+                advice = f"call torch.nn.utils.parametrize.remove_parametrizations(layer, '{tensor}')"
+                yield f"{own}parametrizations.{tensor}.", advice
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, BasePruningMethod):
                 yield f"{own}{hook._tensor_name}_orig", "call torch.nn.utils.prune.remove(layer, 'weight')"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil, floor
 from typing import ClassVar
 
 import torch
@@ -15,25 +16,48 @@ from sparsekit.interfaces import Pattern, Settings, Units
 from sparsekit.parameters import Mask, ParameterInfo, ParameterSpace
 
 
+class FloorSettings(Settings):
+    """Settings of the patterns that could remove all weights of a tensor."""
+
+    # At 0.2 a small last layer keeps what it needs, and at up to 95 % ordinary cuts mostly stay above by themselves.
+    floor: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="the fraction that always stays of what an even cut would leave of a tensor; 0: it may go whole",
+    )
+
+
 class Unstructured(Pattern):
-    """Any weights of the whole space, by one global threshold."""
+    """Any weights of the whole space, by one global threshold, but no tensor falls below its floor.
+
+    The floor is relative to an even cut: at sparsity s a tensor of n_l weights keeps `floor` · (1 − s) · n_l of them,
+    rounded up, those with the highest scores. So it contradicts no sparsity. What earlier cuts took stays gone.
+    """
 
     name: ClassVar[str] = "unstructured"
+    Settings: ClassVar[type[Settings]] = FloorSettings
 
     def count(self, space: ParameterSpace, sparsity: float) -> int:
         """round(s·n)."""
         return round(sparsity * space.size)
 
     def choose(self, scores: Tensor, mask: Mask, count: int, space: ParameterSpace) -> Tensor:
-        """The kept weights with the lowest scores."""
-        return lowest(scores, mask.kept, count - mask.removed_count)
+        """The kept weights with the lowest scores, above the tensors' floors."""
+        sizes = [info.size for info in space.parameters]
+        least = floors(sizes, space.size - count, _floor(self.settings))
+        return lowest_above(scores, mask.kept, count - mask.removed_count, sizes, least)
 
 
 class Uniform(Pattern):
-    """The same fraction of every tensor, by a threshold for each."""
+    """The same fraction of every tensor, by a threshold for each.
+
+    The floor, see `unstructured`, says no more than that tensors of a few weights keep one of them.
+    """
 
     name: ClassVar[str] = "uniform"
     across_layers: ClassVar[bool] = False
+    Settings: ClassVar[type[Settings]] = FloorSettings
 
     def count(self, space: ParameterSpace, sparsity: float) -> int:
         """Σ over tensors of round(s·n_l)."""
@@ -44,13 +68,24 @@ class Uniform(Pattern):
 
         A tensor that is past its share gives nothing back, and the others have so much less to lose.
         """
-        return _lowest_of_each(scores, mask.kept, mask, count, {info: info.size for info in space.parameters})
+        sizes = {info: info.size for info in space.parameters}
+        least = floors(list(sizes.values()), space.size - count, _floor(self.settings))
+        most = {info: info.size - stay for info, stay in zip(sizes, least, strict=True)}
+        return _lowest_of_each(scores, mask.kept, mask, count, sizes, most)
 
 
 def _lowest_of_each(
-    scores: Tensor, eligible: Tensor, mask: Mask, count: int, sizes: Mapping[ParameterInfo, int]
+    scores: Tensor,
+    eligible: Tensor,
+    mask: Mask,
+    count: int,
+    sizes: Mapping[ParameterInfo, int],
+    most: Mapping[ParameterInfo, int],
 ) -> Tensor:
-    """The lowest eligible scores of each tensor, so that `count` weights are gone in all, in proportion to `sizes`."""
+    """The lowest eligible scores of each tensor, so that `count` weights are gone in all, in proportion to `sizes`.
+
+    Where a share is more than the `most` that may be gone of a tensor, those with the most to give take the rest.
+    """
     removed = {info: int(mask.removed[info.slice].count_nonzero()) for info in sizes}
     shares = dict(removed)
     below = [info for info in sizes if sizes[info]]
@@ -63,6 +98,12 @@ def _lowest_of_each(
             shares |= parts
             break
         below = [info for info in below if info not in past]
+    room = {info: max(most[info], removed[info]) - share for info, share in shares.items()}
+    over = -sum(min(0, left) for left in room.values())
+    for info in sorted(room, key=lambda info: -room[info]):
+        more = min(over, room[info])  # below zero: what is over here
+        shares[info] += more
+        over -= max(0, more)
     chosen = torch.zeros_like(mask.kept)
     for info, share in shares.items():
         chosen[info.slice] = lowest(scores[info.slice], eligible[info.slice], share - removed[info])
@@ -145,10 +186,10 @@ class NM(Pattern):
         may_go = torch.zeros_like(mask.kept)
         may_go[index.gather(1, order)] = True
         most = {info: int(may_go[info.slice].count_nonzero()) for info in space.parameters}
-        return _lowest_of_each(scores, may_go & mask.kept, mask, count, most)
+        return _lowest_of_each(scores, may_go & mask.kept, mask, count, most, most)
 
 
-class BlockSettings(Settings):
+class BlockSettings(FloorSettings):
     """Settings of `block`."""
 
     size: int = Field(4, ge=2, description="neighbouring weights that go together")
@@ -159,7 +200,7 @@ class Block(Pattern):
     """Whole blocks of consecutive inputs of an output go or stay; short blocks stay.
 
     A block's score is the sum of its weights' scores. Blocks run along the input channels of an output at one place of
-    the kernel, or as `axis` says, see `n:m`.
+    the kernel, or as `axis` says, see `n:m`. Floors, see `unstructured`, are counted in whole blocks.
     """
 
     name: ClassVar[str] = "block"
@@ -182,9 +223,38 @@ class Block(Pattern):
         size = self.settings.size
         index = self.units(space).index.to(scores.device)
         sums = scores.double()[index].sum(1)
+        whole, more = mask.kept[index].all(1), (count - mask.removed_count) // size
+        sizes = [int(((index[:, 0] >= t.start) & (index[:, 0] < t.start + t.size)).sum()) for t in space.parameters]
+        least = floors(sizes, int(whole.count_nonzero()) - more, self.settings.floor)
         chosen = torch.zeros_like(mask.kept)
-        chosen[index[lowest(sums, mask.kept[index].all(1), (count - mask.removed_count) // size)]] = True
+        chosen[index[lowest_above(sums, whole, more, sizes, least)]] = True
         return chosen
+
+
+def floors(sizes: Sequence[int], left: int, fraction: float) -> list[int]:
+    """How many of each tensor stay at least where `left` of all do: a fraction of its even share, rounded up.
+
+    Rounded down where `left` are too few for that, so that they never are more than `left` in all.
+    """
+    even = [fraction * left * size / max(sum(sizes), 1) for size in sizes]
+    up = [ceil(share) for share in even]
+    return up if sum(up) <= left else [floor(share) for share in even]
+
+
+def lowest_above(scores: Tensor, kept: Tensor, count: int, sizes: Sequence[int], least: Sequence[int]) -> Tensor:
+    """`lowest`, but of consecutive stretches of `sizes` entries no fewer than `least` stay; one below it loses none."""
+    chosen = lowest(scores, kept, count)
+    lost, before = ([int(part.count_nonzero()) for part in x.split(list(sizes))] for x in (chosen, kept))
+    if not any(gone and had - gone < stay for gone, had, stay in zip(lost, before, least, strict=True)):
+        return chosen
+    parts = zip(scores.split(list(sizes)), kept.split(list(sizes)), before, least, strict=True)
+    may_go = torch.cat([lowest(some, here, had - stay) for some, here, had, stay in parts])
+    return lowest(scores, may_go, count)
+
+
+def _floor(settings: Settings | None) -> float:
+    """None where a pattern is made without settings, or with those of a class of its own."""
+    return float(getattr(settings, "floor", 0.0))
 
 
 def lowest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:

@@ -48,7 +48,8 @@ def identity(
 
 def plugins_used(resolved: ResolvedRun, registry: Registry) -> list[dict[str, Any]]:
     """Name, distribution and version of each plugin that a run uses."""
-    infos = {info.name: info for info in (registry.provider(k, resolved.classes[k].name) for k in COMPONENTS)}
+    providers = (registry.provider(kind, resolved.classes[kind].name) for kind in COMPONENTS)
+    infos = {(info.name, info.distribution): info for info in providers}
     return [{"name": info.name, "distribution": info.distribution, "version": info.version} for info in infos.values()]
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekit.collapse import constant_outputs, emptied, silenced
+from sparsekit.contracts import inverse_of, scores_of
 from sparsekit.curvature import GaussNewton
 from sparsekit.errors import CurvatureError, SettingsError
 from sparsekit.finetune import finetune
@@ -30,6 +32,7 @@ from sparsekit.interfaces import (
 )
 from sparsekit.likelihoods import Likelihood
 from sparsekit.linalg import MatrixFree
+from sparsekit.networks import copied
 from sparsekit.objective import Batch, Objective
 from sparsekit.parameters import Mask, ParameterSpace
 from sparsekit.reconstruction import LayerFit, Reconstruction, output_moments
@@ -82,6 +85,8 @@ class Cut:
         iterations, residual: of the joint solve.
         fell_back: whether joint compensation came out worse than none, which was applied instead.
         seconds: by phase.
+        collapsed: a sentence for each tensor whose last weights this cut took, and one where the output depends no
+            longer on the input, or more than half of it.
     """
 
     damping: float
@@ -93,6 +98,7 @@ class Cut:
     residual: float
     fell_back: bool
     seconds: Metrics
+    collapsed: Sequence[str] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,7 @@ class Pruner:
         restarts = any(step.restart for step in self.steps)
         self._dense = {name: t.clone() for name, t in self.model.state_dict().items()} if restarts else {}
         # What layers are fitted to, for the same reason taken here.
-        self._anchor = deepcopy(self.model).cpu() if self.reconstruction.how != "none" else None
+        self._anchor = copied(self.model).cpu() if self.reconstruction.how != "none" else None
         self._weighting: Mapping[str, Tensor] = {}
         self._phase = "curvature"
         self._untaught = deepcopy(self.estimator) if restarts else self.estimator
@@ -287,15 +293,20 @@ class Pruner:
         if step.refresh:
             generator = self._generator("labels", step.index, objective.device)
             curvature = self.update(step, self.estimator, objective, generator)
-        inverse = self.estimator.inverse()
+        inverse = inverse_of(self.estimator)
         clock.lap("curvature")
 
         yield self._started("removal", step)
-        known = len(objective.batches) > 0  # type: ignore[arg-type]
+        calibration: Sequence[Batch] = objective.batches  # type: ignore[assignment]
+        known = len(calibration) > 0
         before = objective.loss() if known else math.nan
+        mask, constant = self.state.mask, constant_outputs(self.model, calibration)
+        assert mask is not None
         removal = self._cut(step, inverse, objective)
+        assert self.state.mask is not None
         clock.lap("removal")
         after = objective.loss() if known else math.nan
+        now_constant = constant_outputs(self.model, calibration)
         clock.lap("measure")
         self.state.cut = Cut(
             damping=inverse.damping,
@@ -307,6 +318,7 @@ class Pruner:
             iterations=removal.iterations,
             residual=removal.residual,
             fell_back=removal.fell_back,
+            collapsed=(*emptied(self.space, mask, self.state.mask), *silenced(constant, now_constant)),
             seconds=dict(clock.seconds),
         )
         clock.seconds.clear()
@@ -336,7 +348,7 @@ class Pruner:
 
     def _output_weighting(self, anchor: nn.Module) -> Mapping[str, Tensor]:
         """Fisher information of each layer's outputs: the estimator's where it has factors, else measured once."""
-        found = self.estimator.inverse().output_factors(self.space)
+        found = inverse_of(self.estimator).output_factors(self.space)
         if len(found) == len(self.space):
             return found
         if not self._weighting:  # of the dense network, so that it is the same before and after an interruption
@@ -351,7 +363,7 @@ class Pruner:
         assert mask is not None
         generator = self._generator("saliency", step.index, weights.device)
         context = _Context(weights, mask, inverse, objective, self.pattern.units(self.space), generator)
-        scores = self.saliency.score(context)
+        scores = scores_of(self.saliency, context)
         if not bool(scores[mask.kept].isfinite().all()):
             raise CurvatureError(f"the saliency '{self.saliency.name}' gave scores that are not finite")
         chosen = self.pattern.choose(scores, mask, self.pattern.count(self.space, step.sparsity), self.space)
@@ -485,7 +497,13 @@ class _Context(ScoreContext):
 
     @cached_property
     def gradient(self) -> Tensor:
+        if not self._objective.batches:
+            raise SettingsError("the saliency needs the gradient, and there are no examples; set estimator.examples")
         return self._objective.gradient()
+
+    @property
+    def space(self) -> ParameterSpace:
+        return self._objective.space
 
     @property
     def units(self) -> Units | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import metadata
 from types import ModuleType
@@ -11,6 +13,7 @@ from typing import Any
 import pluggy
 
 from sparsekit import hookspecs
+from sparsekit.contracts import checked
 from sparsekit.errors import PluginError, SettingsError, unknown_name
 from sparsekit.interfaces import CurvatureEstimator, Pattern, Preset, Saliency, Schedule, Task
 
@@ -37,8 +40,14 @@ class PluginInfo:
 
     @property
     def status(self) -> str:
-        """`ok`, or what went wrong, in one line."""
-        return "ok" if self.error is None else f"{type(self.error).__name__}: {self.error}".replace("\n", " ")
+        """`ok`, or what went wrong, in one line that any terminal can show."""
+        if self.error is None:
+            return "ok"
+        try:
+            message = str(self.error)
+        except Exception as error:  # the plugin's own class may go wrong here too
+            message = f"its message cannot be had, {type(error).__name__}"
+        return f"{type(self.error).__name__}: " + "".join(c if c.isprintable() else " " for c in message)
 
 
 class Registry:
@@ -55,8 +64,10 @@ class Registry:
             dist = point.dist
             info = PluginInfo(point.name, dist.name if dist else point.value, dist.version if dist else "unknown")
             try:
-                module = point.load()
-            except Exception as error:  # whatever a plugin does wrong is its finding, not our failure
+                # what a plugin prints is no part of a command's result, which scripts read
+                with redirect_stdout(sys.stderr):
+                    module = point.load()
+            except BaseException as error:  # whatever a plugin does wrong, `sys.exit` too, is its finding, not our end
                 info.error = error
                 self.plugins.append(info)
                 continue
@@ -68,19 +79,30 @@ class Registry:
         manager = pluggy.PluginManager(hookspecs.PROJECT)
         manager.add_hookspecs(hookspecs)
         try:
-            manager.register(module, name=info.name)
-            manager.check_pending()
-            found = {
-                kind: [(cls, _checked(cls, kind, base)) for cls in _flat(getattr(manager.hook, hook)())]
-                for kind, (hook, base) in KINDS.items()
-            }
-        except Exception as error:
+            with redirect_stdout(sys.stderr):
+                manager.register(module, name=info.name)
+                if not manager.get_hookcallers(module):
+                    raise PluginError("it implements no hook of sparsekit; mark its functions with sparsekit.hookimpl")
+                manager.check_pending()
+                found = {
+                    kind: [(cls, checked(cls, kind, base)) for cls in _flat(getattr(manager.hook, hook)())]
+                    for kind, (hook, base) in KINDS.items()
+                }
+        except BaseException as error:
             info.error = error
             return
         for kind, classes in found.items():
             for cls, name in classes:
-                info.registers.setdefault(kind, []).append(name)
-                self._found[kind].setdefault(name, []).append((info, cls))
+                self._add(info, kind, name, cls)
+
+    def _add(self, info: PluginInfo, kind: str, name: str, cls: Any) -> None:
+        """Put it under its name; a built-in keeps its own, and whoever wants it too is told."""
+        known = self._found[kind].setdefault(name, [])
+        if known and known[0][0] is self.plugins[0]:
+            info.error = PluginError(f"the {kind} '{name}' is sparsekit's own, which is used; rename the plugin's")
+            return
+        info.registers.setdefault(kind, []).append(name)
+        known.append((info, cls))
 
     def names(self, kind: str) -> list[str]:
         """All registered names of a kind, sorted."""
@@ -104,26 +126,14 @@ class Registry:
                 raise PluginError(
                     f"the plugin '{name}' ({info.distribution} {info.version}) failed to load: {info.status}"
                 ) from info.error
-        broken = [info.name for info in self.plugins if info.error is not None]
-        hint = f"These plugins failed to load: {', '.join(broken)} (see 'sparsekit plugins')." if broken else ""
+        broken = "; ".join(f"{p.name} ({p.distribution} {p.version}): {p.status}" for p in self.plugins if p.error)
+        hint = f"These plugins failed to load: {broken} (see 'sparsekit plugins')." if broken else ""
         raise SettingsError(unknown_name(kind, name, self.names(kind), hint))
 
     def provider(self, kind: str, name: str) -> PluginInfo:
         """The plugin that registers a name."""
         self.get(kind, name)
         return self._found[kind][name][0][0]
-
-
-def _checked(found: object, kind: str, base: type) -> str:
-    if kind == "preset":
-        if not isinstance(found, base):
-            raise PluginError(f"a preset must be a sparsekit.{base.__name__}; {found!r} is not")
-    elif not (isinstance(found, type) and issubclass(found, base)):
-        raise PluginError(f"a {kind} must be a subclass of sparsekit.{base.__name__}; {found!r} is not")
-    name = getattr(found, "name", None)
-    if not isinstance(name, str):
-        raise PluginError(f"the {kind} {getattr(found, '__name__', found)} has no `name`")
-    return name
 
 
 def _flat(results: Iterable[Iterable[Any]]) -> list[Any]:

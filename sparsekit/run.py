@@ -29,6 +29,7 @@ from sparsekit.schedules import Step, plan
 from sparsekit.settings import ResolvedRun
 from sparsekit.sharing import SharedStatistics
 from sparsekit.tracking import NullTracker, Tracker, resolve_uri
+from sparsekit.unused import used
 
 #: Seconds between checkpoints within a step, whose layers are reconstructed one by one.
 SAVE_EVERY = 30.0
@@ -87,14 +88,18 @@ def preview(resolved: ResolvedRun) -> Preview:
     settings = resolved.settings
     network = task.network()
     space = ParameterSpace.of(network, include=settings.include, exclude=settings.exclude)
-    pattern = resolved.build("pattern")
-    for sparsity in resolved.sparsity:
-        pattern.count(space, sparsity)
+    _check_sparsities(resolved, space)
     estimator, options = resolved.classes["estimator"], resolved.options["estimator"]
     estimator.check(network, space, options, available_memory(device))
     structures = dict(estimator.describe(space, options))
     memory = estimator.memory(space, options)
     return Preview(space, planned(resolved), memory, structures, resolved.as_dict(), str(device))
+
+
+def _check_sparsities(resolved: ResolvedRun, space: ParameterSpace) -> None:
+    pattern = resolved.build("pattern")
+    for sparsity in resolved.sparsity:
+        pattern.count(space, sparsity)
 
 
 def planned(resolved: ResolvedRun) -> list[Step]:
@@ -110,15 +115,17 @@ def planned(resolved: ResolvedRun) -> list[Step]:
     )
 
 
-def check_examples(resolved: ResolvedRun, task: Task) -> None:
-    """Refuse what asks for more training examples than there are; where nobody asked, what there is will do.
+def with_examples(resolved: ResolvedRun, task: Task) -> ResolvedRun:
+    """The run with as many training examples as there are where nobody set a number, see `ResolvedRun.fitted`.
 
     Raises:
-        DataError: with the number that would do.
+        DataError: more were asked for than there are; with the number that would do.
     """
-    available, given = task.size("train"), resolved.options["estimator"]
+    available = task.size("train")
+    resolved = resolved.fitted(available)
+    given = resolved.options["estimator"]
     assert isinstance(given, EstimatorSettings)
-    if given.examples > available and "examples" in given.model_fields_set:
+    if given.examples > available:
         most, name = given.fitting(available), resolved.classes["estimator"].name
         raise DataError(
             f"the estimator '{name}' needs {given.examples} calibration examples, the task '{task.name}' has "
@@ -126,11 +133,12 @@ def check_examples(resolved: ResolvedRun, task: Task) -> None:
             + (f"set estimator.examples={most}, the most that will do" if most else "its other settings allow no fewer")
         )
     anchors = resolved.settings.reconstruction
-    if anchors.how != "none" and anchors.examples > available and "examples" in anchors.model_fields_set:
+    if anchors.how != "none" and anchors.examples > available:
         raise DataError(
             f"reconstruction needs {anchors.examples} training examples, the task '{task.name}' has {available}; set "
             f"reconstruction.examples={available} or less"
         )
+    return resolved
 
 
 @dataclass(frozen=True)
@@ -173,9 +181,11 @@ def execute(
     device = find_device(settings.device)
     uri = resolve_uri(settings.tracking.uri, Path(settings.output)) if settings.tracking.enabled else None
     shown = preview(resolved)
-    estimator: CurvatureEstimator = resolved.build("estimator", shown.space)
     task: Task = resolved.build("task")
-    check_examples(resolved, task)
+    asked, resolved = resolved, with_examples(resolved, task)
+    if resolved is not asked:
+        settings, shown = resolved.settings, preview(resolved)
+    estimator: CurvatureEstimator = resolved.build("estimator", shown.space)
     forget_peak_memory(device)
     progress("prepare", 0, 1)
     task.progress = lambda done, total: progress("prepare", done, total)
@@ -195,13 +205,19 @@ def execute(
                 f"an unfinished run with these settings is in {directory.path}; "
                 "go on with --resume, or start again with --fresh"
             )
-        batch_size: int = resolved.options["estimator"].batch_size  # type: ignore[attr-defined]
-        first = task.batches("train", batch_size=batch_size, limit=batch_size)
+        options: Any = resolved.options["estimator"]
+        first = task.batches("train", batch_size=options.batch_size, limit=options.batch_size)
         Objective(model, task.likelihood, first, shown.space).check()  # nothing is written for what cannot work
+        examples = task.batches("train", batch_size=options.batch_size, limit=options.examples)
+        objective = Objective(model, task.likelihood, examples, shown.space)
+        space, degraded = used(objective, included=settings.include is not None)
+        if space is not shown.space:
+            _check_sparsities(resolved, space)
+            estimator = resolved.build("estimator", space)
         anchors = settings.reconstruction
         if anchors.how != "none":
             few = list(task.batches("train", batch_size=anchors.batch_size, limit=anchors.examples))
-            Reconstruction.check(model, shown.space, few, anchors, available_memory(device).device)
+            Reconstruction.check(model, space, few, anchors, available_memory(device).device)
         if fresh:
             directory.discard()
         record = RunRecord(
@@ -213,17 +229,14 @@ def execute(
             started=now(),
             machine=machine(device),
             plugins=plugins_used(resolved, registry),
-            structures=shown.structures,
-            parameters={
-                "prunable": shown.space.size,
-                "total": shown.space.total,
-                "skipped": shown.space.skipped,
-            },
+            structures={name: how for name, how in shown.structures.items() if name in space},
+            parameters={"prunable": space.size, "total": space.total, "skipped": space.skipped},
             path="independent" if resolved.independent else "sequential",
             dense={},
             seconds={"prepare": prepared},
+            degraded=degraded,
         )
-        driver = _Driver(resolved, task, model, shown.space, estimator, directory, record, uri, shared)
+        driver = _Driver(resolved, task, model, space, estimator, directory, record, uri, shared)
         finished = driver.run(resume and found is not None, listener, progress)
     return Outcome(finished, directory.path, False, uri if driver.untold is None else None)
 
@@ -297,6 +310,8 @@ class _Driver:
         options: Any = resolved.options["estimator"]
 
         def calibration(generator: torch.Generator) -> list[Batch]:
+            if not options.examples:
+                return []
             batches = task.batches("train", batch_size=options.batch_size, limit=options.examples, generator=generator)
             return list(batches)
 
@@ -411,7 +426,7 @@ class _Driver:
                 "levels": levels,
                 "steps": steps,
                 "seconds": seconds,
-                "degraded": [*record.degraded, *_degraded(event, pruner.compensation)],
+                "degraded": [*record.degraded, *degradations(event, pruner.compensation)],
                 "peak_memory_bytes": max(record.peak_memory_bytes, peak_memory(self.model)),
             }
         )
@@ -471,7 +486,7 @@ class _Driver:
         return {"degraded": [*self.record.degraded, f"tracking: {self.untold}. '{later}' tells MLflow later"]}
 
 
-def _degraded(event: StepCompleted, how: CompensationSettings) -> list[str]:
+def degradations(event: StepCompleted, how: CompensationSettings) -> list[str]:
     """What went less well in a step, a sentence each with what to do."""
     found, step = [], f"step {event.step.index}"
     if how.how == "exact" and event.residual > how.tolerance:
@@ -490,4 +505,4 @@ def _degraded(event: StepCompleted, how: CompensationSettings) -> list[str]:
             f"{event.loss:.2g}, so the quadratic model does not hold there and the gradient's step may ruin the "
             "network; use a larger estimator.damping, or compensation.first_order < 1 (and the saliency's)"
         )
-    return found
+    return [*found, *(f"{step}: {line}" for line in event.collapsed)]

@@ -5,15 +5,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from sparsekit.addresses import redacted
 from sparsekit.errors import SettingsError
-from sparsekit.interfaces import CompensationSettings, FinetuneSettings, ReconstructionSettings, Settings, Split
+from sparsekit.interfaces import (
+    CompensationSettings,
+    EstimatorSettings,
+    FinetuneSettings,
+    ReconstructionSettings,
+    Settings,
+    Split,
+)
 from sparsekit.registry import Registry
 
 Sparsity = Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights removed, in [0, 1)")]
@@ -101,11 +109,31 @@ class ResolvedRun:
             out[kind] = {"name": self.classes[kind].name, **self.options[kind].model_dump(mode="json")}
         out["finetune"] = self.finetune.model_dump(mode="json")
         out["sparsity"] = list(self.sparsity)
+        if self.settings.tracking.uri is not None:  # records are shared; what is secret stays with the user
+            out["tracking"]["uri"] = redacted(self.settings.tracking.uri)
         return out
 
     def build(self, kind: str, *args: Any) -> Any:
         """The component of a kind, made from its settings."""
         return self.classes[kind](*args, self.options[kind])
+
+    def fitted(self, available: int) -> ResolvedRun:
+        """This run with examples that nobody set as many as are `available`, at most the default.
+
+        Numbers that were asked for stay as they are, and so do those that the other settings let be no smaller.
+        """
+        options, how = self.options["estimator"], self.settings.reconstruction
+        assert isinstance(options, EstimatorSettings)
+        estimator, most = self.settings.estimator, options.fitting(min(options.examples, available))
+        if "examples" not in estimator and 0 < most < options.examples:
+            options = validated(type(options), {**options.model_dump(), "examples": most}, "estimator")
+            estimator = {**estimator, "examples": most}
+        if how.how != "none" and "examples" not in how.model_fields_set and 0 < available < how.examples:
+            how = how.model_copy(update={"examples": available})
+        if estimator is self.settings.estimator and how is self.settings.reconstruction:
+            return self
+        settings = self.settings.model_copy(update={"estimator": estimator, "reconstruction": how})
+        return replace(self, settings=settings, options={**self.options, "estimator": options})
 
 
 def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
@@ -146,6 +174,7 @@ def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
             f"the saliency '{classes['saliency'].name}' scores groups, and the pattern '{classes['pattern'].name}' has "
             "none; use it with --pattern n:m or block"
         )
+    options["estimator"] = _with_examples(settings, classes["saliency"], options["estimator"])
     task = classes["task"]
     recipe = validated(FinetuneSettings, {**task.finetune.model_dump(), **settings.finetune}, "finetune")
     if recipe.refine_every and not recipe.epochs:
@@ -157,6 +186,24 @@ def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
     one_cut = classes["schedule"].name == "one-shot" and settings.substeps == 1 and recipe.epochs == 0
     independent = one_cut if settings.levels == "auto" else settings.levels == "independent"
     return ResolvedRun(settings, classes, options, recipe, sparsity, independent)
+
+
+def _with_examples(settings: RunSettings, saliency: type[Any], options: Settings) -> Settings:
+    """An estimator that looks at no example is given the usual number where something else of the run does."""
+    assert isinstance(options, EstimatorSettings)
+    if options.examples:
+        return options
+    for what, takes in (
+        (f"the saliency '{saliency.name}'", saliency.takes_gradient),
+        ("exact compensation", settings.compensation.how == "exact"),
+        ("compensation.first_order", settings.compensation.first_order > 0),
+        ("reconstruction", settings.reconstruction.how != "none"),
+    ):
+        if takes and "examples" in settings.estimator:
+            raise SettingsError(f"estimator.examples = 0, and {what} needs examples; give a number, or leave it out")
+        if takes:
+            return options.model_copy(update={"examples": EstimatorSettings().examples})
+    return options
 
 
 def _over_preset(raw: Mapping[str, Any], registry: Registry) -> dict[str, Any]:

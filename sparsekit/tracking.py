@@ -28,6 +28,8 @@ from filelock import FileLock, Timeout
 from sparsekit import addresses
 from sparsekit.addresses import TrackingError
 
+__all__ = ["NullTracker", "Tracker", "TrackingError", "default_uri", "initialise", "resolve_uri", "ui_command"]
+
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 # MLflow's own limits, in characters and in entries a request.
@@ -69,8 +71,8 @@ def resolve_uri(explicit: str | None, output: Path) -> str:
 def ui_command(uri: str) -> str:
     """The command that shows the runs in a browser; the address itself where a server already does."""
     if uri.startswith(("http://", "https://")):
-        return uri
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        return addresses.redacted(uri)
+    return f"mlflow ui --backend-store-uri {shlex.quote(addresses.redacted(uri))}"
 
 
 def initialise(uri: str, experiment: str = "sparsekit", artifact_root: Path | None = None) -> None:
@@ -115,7 +117,7 @@ def _check_server(uri: str) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise TrackingError(
-            f"no MLflow server answers at {uri} ({reason}); start it, give another --tracking-uri, "
+            f"no MLflow server answers at {addresses.redacted(uri)} ({reason}); start it, give another --tracking-uri, "
             "or run with --no-tracking"
         ) from error
 
@@ -145,9 +147,10 @@ def _explained(uri: str) -> Iterator[None]:
     except TrackingError:
         raise
     except _failures(Timeout, sqlite3.Error, ImportError) as error:
+        said = addresses.without_secrets(_first_line(error), uri)
         raise TrackingError(
-            f"MLflow cannot track runs at {uri}: {_first_line(error)}; give another --tracking-uri, "
-            "or run with --no-tracking"
+            f"MLflow cannot track runs at {addresses.redacted(uri)}: {said}; give another --tracking-uri, or run with "
+            "--no-tracking"
         ) from error
 
 
@@ -208,7 +211,7 @@ def _ensure_experiment(uri: str, name: str, artifact_root: Path | None) -> str:
             found = client.get_experiment_by_name(name)  # another run on the server was first
     if found.lifecycle_stage != "active":
         raise TrackingError(
-            f"the MLflow experiment '{name}' at {uri} was deleted; restore it with "
+            f"the MLflow experiment '{name}' at {addresses.redacted(uri)} was deleted; restore it with "
             f"'mlflow experiments restore --experiment-id {found.experiment_id}', or track elsewhere"
         )
     return str(found.experiment_id)
@@ -340,7 +343,8 @@ class Tracker(NullTracker):
                 else:
                     action()  # has bounds of its own
         except _failures(TrackingError) as error:
-            self.failure = f"tracking stopped while {what}: {_first_line(error)}"
+            said = addresses.without_secrets(_first_line(error), self.uri)
+            self.failure = f"tracking stopped while {what}: {said}"
 
     def _log(
         self,
@@ -370,7 +374,8 @@ def _bounded(action: Callable[[], None], seconds: float) -> None:
 
     def work() -> None:
         try:
-            done.set_result(action())
+            action()
+            done.set_result(None)
         except BaseException as error:
             done.set_exception(error)
 

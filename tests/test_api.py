@@ -234,52 +234,6 @@ def test_autocast_around_the_call_changes_nothing():
     assert inside.steps[-1].pruned == plain.steps[-1].pruned != plain.dense
 
 
-class Keeps(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(12, 3)
-
-    def forward(self, x):
-        self.kept = self.layer(x)
-        return self.kept
-
-
-class Checkpointed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 3)
-
-    def forward(self, x):
-        from torch.utils.checkpoint import checkpoint
-
-        return self.second(checkpoint(self.first, torch.tanh(self.first(x)), use_reentrant=True))
-
-
-def kept():
-    model = Keeps()
-    model(torch.zeros(2, 12))
-    return model
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (lambda: nn.DataParallel(nn.Linear(12, 3)), "give the module inside: model.module"),
-        (lambda: nn.Linear(12, 3, device="meta"), "is on the meta device and has no values"),
-        (lambda: nn.Sequential(nn.Embedding(3, 3, sparse=True)), "set its `sparse` to False"),
-        (lambda: nn.Sequential(nn.Linear(12, 3), nn.BatchNorm1d(3, track_running_stats=False)), "running statistics"),
-        (kept, "cannot be copied"),
-        (Checkpointed, "use_reentrant=False"),
-        (lambda: nn.Linear(12, 3).half(), "convert one"),
-        (lambda: nn.ReLU(), "has no parameters"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_models_that_cannot_be_pruned_are_refused(model, message):
-    with pytest.raises(SparsekitError, match=message):
-        sparsekit.prune(model(), some_data(), loss="categorical", estimator="obs")
-
-
 def test_as_many_examples_as_there_are_where_nobody_said_how_many():
     pruned = sparsekit.prune(nn.Linear(12, 3), some_data(100), loss="categorical", estimator="obs")
     assert pruned.steps[-1].curvature["examples"] == 100

@@ -1,8 +1,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsekit.errors import CurvatureError
+from sparsekit.errors import CurvatureError, DataError
 from sparsekit.finetune import finetune
 from sparsekit.interfaces import FinetuneSettings
 from sparsekit.likelihoods import Categorical
@@ -77,19 +78,57 @@ def test_the_callers_mode_of_gradients_does_not_matter(problem):
         assert train(problem, Mask.full(space.size)) == 30
 
 
-def test_a_norm_in_evaluation_mode_inside_a_model_in_training_mode_stays_frozen():
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)).train()
-    model[1].eval()
-    space = ParameterSpace.of(model)
-    data = [(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(8).long())]
-    finetune(
-        model,
-        Categorical(),
-        lambda: data,
-        space,
-        Mask.full(space.size),
-        FinetuneSettings(epochs=1),
-        batches_per_epoch=1,
-    )
-    assert not model[1].training and float(model[1].running_mean.abs().max()) == 0
-    assert float(model[2].running_mean.abs().max()) > 0
+class Filled(TorchDispatchMode):
+    """Notes where tensors that are filled by a mask lie, and their masks."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.masked_fill_.Scalar:
+            self.devices.add((args[0].device.type, args[1].device.type))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mask_on_the_host_is_put_beside_the_model(problem, monkeypatch):
+    model, _, space = problem
+    model.to("meta")  # stands for a GPU; it has no values, so the loss is another one
+    loss = torch.zeros(64, requires_grad=True)
+    monkeypatch.setattr(Categorical, "losses", lambda self, output, target: loss)
+    with Filled() as filled:
+        train(problem, Mask.full(space.size))
+    assert filled.devices == {("meta", "meta")}
+
+
+def frozen(problem):
+    """The problem in training mode, but for its batch norm."""
+    model, _, _ = problem
+    model.train()[1].eval()
+    return model[1]
+
+
+def test_batch_norm_in_evaluation_mode_keeps_its_statistics_where_the_model_is_in_training_mode(problem):
+    norm = frozen(problem)
+    before = norm.running_mean.clone()
+    train(problem, Mask.full(problem[2].size))
+    assert torch.equal(norm.running_mean, before)
+
+
+def test_modes_are_as_they_were_where_they_differ(problem):
+    norm = frozen(problem)
+    train(problem, Mask.full(problem[2].size))
+    assert problem[0].training and not norm.training
+
+
+def test_batch_norm_is_trained_where_the_whole_model_is_in_evaluation_mode(problem):
+    model, _, space = problem
+    before = model[1].running_mean.clone()
+    train(problem, Mask.full(space.size))
+    assert not torch.equal(model[1].running_mean, before)
+
+
+def test_an_epoch_without_batches_is_refused(problem):
+    model, _, space = problem
+    with pytest.raises(DataError, match="the data gave no batch"):
+        train((model, [], space), Mask.full(space.size))

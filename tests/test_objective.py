@@ -112,24 +112,6 @@ def test_a_loss_that_is_not_finite_is_refused_at_once():
         objective([(X * torch.inf, Y)]).check()
 
 
-class Mixes(nn.Module):
-    """Takes from every example a part of the mean over its batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 3)
-
-    def forward(self, x):
-        out = self.layer(x)
-        return out - 0.7 * out.mean(0, keepdim=True)
-
-
-def test_a_function_of_the_batch_is_refused():
-    model, data = Mixes(), [(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(6).long())]
-    with pytest.raises(ModelError, match="another output in a batch than alone"):
-        Objective(model, Categorical(), data, ParameterSpace.of(model)).check()
-
-
 class Counts(nn.Module):
     """Counts its calls in a buffer, in place and anew."""
 

@@ -1,10 +1,7 @@
-import warnings
-
 import pytest
 import torch
 import torchvision
 from torch import nn
-from torch.nn.utils import prune
 
 from sparsekit.errors import ModelError
 from sparsekit.parameters import ParameterSpace
@@ -63,15 +60,28 @@ def old(norm):
         (nn.utils.parametrizations.spectral_norm, "remove_parametrizations"),
         (old(nn.utils.weight_norm), "remove_weight_norm"),
         (nn.utils.spectral_norm, "remove_spectral_norm"),
-        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), r"prune\.remove"),
     ],
-    ids=["weight_norm", "orthogonal", "spectral_norm", "old weight_norm", "old spectral_norm", "prune"],
+    ids=["weight_norm", "orthogonal", "spectral_norm", "old weight_norm", "old spectral_norm"],
 )
 def test_weights_that_are_computed_at_each_call_are_refused(change, advice):
     model = nn.Sequential(change(nn.Linear(4, 4)), nn.Linear(4, 2))
     with pytest.raises(ModelError, match=f"{advice}.* first, or exclude it"):
         ParameterSpace.of(model)
     assert ParameterSpace.of(model, include=["1.weight"]).names == ("1.weight",)
+
+
+def test_parametrised_layers_that_nobody_prunes_are_let_be():
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    nn.utils.parametrizations.orthogonal(layers[0]).requires_grad_(False)  # frozen
+    nn.utils.parametrize.register_parametrization(layers[1], "bias", nn.Tanh())
+    assert ParameterSpace.of(layers).names == ("1.weight", "2.weight")
+
+
+def test_the_advice_names_the_tensor_that_is_computed():
+    attention = nn.MultiheadAttention(4, 2)
+    nn.utils.parametrize.register_parametrization(attention, "in_proj_weight", nn.Tanh())
+    with pytest.raises(ModelError, match=r"remove_parametrizations\(layer, 'in_proj_weight'\) first"):
+        ParameterSpace.of(attention)
 
 
 def test_a_name_with_brackets_is_the_name_itself():
@@ -84,9 +94,3 @@ def test_a_parameter_without_entries_is_skipped():
     model = nn.Linear(2, 2)
     model.weight_of_none = nn.Parameter(torch.zeros(0, 5))
     assert ParameterSpace.of(model).skipped["weight_of_none"] == "it has no entries"
-
-
-def test_a_lazy_layer_is_refused():
-    with pytest.raises(ModelError, match="run one batch through the model first"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ParameterSpace.of(nn.LazyLinear(3))

@@ -4,7 +4,17 @@ import torch
 from sparsekit.errors import SettingsError
 from sparsekit.interfaces import Settings
 from sparsekit.parameters import Mask, ParameterSpace
-from sparsekit.patterns import NM, Block, BlockSettings, NMSettings, Uniform, Unstructured, lowest
+from sparsekit.patterns import (
+    NM,
+    Block,
+    BlockSettings,
+    FloorSettings,
+    NMSettings,
+    Uniform,
+    Unstructured,
+    floors,
+    lowest,
+)
 
 SPACE = ParameterSpace({"a": (4, 8), "b": (3, 5), "c": (2, 3)})
 
@@ -154,3 +164,84 @@ def test_n_of_m_is_exact_on_any_path(seed):
         mask = mask.without(pattern.choose(torch.rand(SPACE.size, generator=draw), mask, count, SPACE))
         assert mask.removed_count == count
     assert (mask.removed[pattern.units(SPACE).index].sum(1) <= 2).all()
+
+
+FLOORED = {
+    "unstructured": lambda floor: Unstructured(FloorSettings(floor=floor)),
+    "uniform": lambda floor: Uniform(FloorSettings(floor=floor)),
+    "block": lambda floor: Block(BlockSettings(size=2, floor=floor)),
+}
+
+
+def test_a_floor_is_a_fraction_of_the_even_share_rounded_up():
+    assert floors([100, 50, 4], 77, 0.2) == [10, 5, 1]
+    assert floors([100, 50, 4], 77, 0.0) == [0, 0, 0]
+
+
+def test_floors_never_ask_for_more_than_is_left():
+    assert floors([1000, 1, 1, 1], 3, 0.5) == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("floor", [0.0, 0.2, 0.7, 1.0])
+@pytest.mark.parametrize("name", FLOORED)
+def test_counts_are_exact_and_no_tensor_falls_below_its_floor_on_any_path(name, floor, seed):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = torch.randint(1, 8, (int(torch.randint(2, 8, (1,), generator=draw)), 2), generator=draw)
+    space = ParameterSpace({f"t{i}": (int(a), 2 * int(b)) for i, (a, b) in enumerate(shapes)})
+    pattern, mask = FLOORED[name](floor), Mask.full(space.size)
+    scale = torch.cat([torch.full((info.size,), 10.0 ** (i % 3)) for i, info in enumerate(space.parameters)])
+    for sparsity in torch.rand(6, generator=draw, dtype=torch.float64).sort().values.tolist():
+        count = pattern.count(space, sparsity)
+        picked = pattern.choose(scale * torch.rand(space.size, generator=draw), mask, count, space)
+        assert not (picked & mask.removed).any()
+        mask = mask.without(picked)
+        assert mask.removed_count == count
+        unit = 2 if name == "block" else 1
+        least = floors([info.size // unit for info in space.parameters], (space.size - count) // unit, floor)
+        kept = [int(mask.kept[info.slice].sum()) // unit for info in space.parameters]
+        assert all(stays >= stay for stays, stay in zip(kept, least, strict=True))
+
+
+@pytest.mark.parametrize("name", FLOORED)
+def test_a_tensor_that_an_earlier_cut_took_below_its_floor_loses_no_more_and_gets_nothing_back(name):
+    space = ParameterSpace({"a": (4, 10), "b": (8, 10)})
+    before = torch.zeros(space.size, dtype=torch.bool)
+    before[:38] = True  # two of forty are left of "a"
+    pattern = FLOORED[name](0.5)
+    count = pattern.count(space, 0.7)
+    picked = pattern.choose(torch.arange(space.size, dtype=torch.float), Mask(~before), count, space)
+    assert not picked[:40].any()
+    assert int((picked | before).sum()) == count
+
+
+def test_above_the_floors_the_lowest_go_and_ties_by_index():
+    space = ParameterSpace({"a": (2, 10), "b": (2, 10)})
+    scores = torch.cat([torch.zeros(20), torch.ones(20)])
+    removed = Unstructured(FloorSettings(floor=0.5)).choose(scores, Mask.full(40), 24, space)
+    # 16 stay, of each at least half of 8
+    assert removed.nonzero()[:, 0].tolist() == [*range(16), *range(20, 28)]
+
+
+def test_without_a_floor_a_tensor_may_go_whole():
+    space = ParameterSpace({"a": (2, 10), "b": (2, 10)})
+    scores = torch.cat([torch.zeros(20), torch.ones(20)])
+    removed = Unstructured(FloorSettings(floor=0)).choose(scores, Mask.full(40), 24, space)
+    assert removed[:20].all()
+
+
+def test_a_tensor_of_few_weights_keeps_one_in_a_uniform_cut():
+    space = ParameterSpace({"a": (2, 2), "b": (20, 20)})
+    pattern = Uniform(FloorSettings())
+    count = pattern.count(space, 0.95)
+    removed = pattern.choose(torch.zeros(space.size), Mask.full(space.size), count, space)
+    assert int(removed[:4].sum()) == 3
+    assert int(removed.sum()) == count
+
+
+def test_a_last_layer_of_low_scores_survives_the_default_cut():
+    space = ParameterSpace({"first": (200, 20), "head": (2, 200)})
+    scores = torch.cat([1 + torch.rand(4000), torch.rand(400)])
+    removed = Unstructured(FloorSettings()).choose(scores, Mask.full(4400), 3960, space)
+    assert int((~removed)[space["head"].slice].sum()) == 8
+    assert int(removed.sum()) == 3960

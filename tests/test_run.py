@@ -10,7 +10,7 @@ from sparsekit.compare.upload import track
 from sparsekit.errors import DataError, RecordError
 from sparsekit.interfaces import CompensationSettings
 from sparsekit.pruner import LayerReconstructed, StepCompleted
-from sparsekit.run import _degraded, execute, load_registry
+from sparsekit.run import degradations, execute, load_registry
 from sparsekit.schedules import Step
 from sparsekit.settings import resolve
 from sparsekit.tracking import default_uri
@@ -184,7 +184,14 @@ def test_joint_compensation_predicts_no_more_than_none(tmp_path):
 def completed(**changes):
     step = Step(index=2, sparsity=0.5, restart=False, refresh=True, finetune=False, level=0, completes_level=True)
     given = {field.name: None for field in fields(StepCompleted)}
-    given |= {"step": step, "loss": 0.5, "predicted_increase": 0.1, "residual": 0.0, "fell_back": False}
+    given |= {
+        "step": step,
+        "loss": 0.5,
+        "predicted_increase": 0.1,
+        "residual": 0.0,
+        "fell_back": False,
+        "collapsed": (),
+    }
     return StepCompleted(**given | changes)
 
 
@@ -196,11 +203,12 @@ def completed(**changes):
         ({"predicted_increase": float("nan")}, []),
         ({"predicted_increase": -0.51}, ["would take it below zero from 0.5.*compensation.first_order < 1"]),
         ({"fell_back": True}, ["joint compensation came out worse than none"]),
+        ({"collapsed": ("all 4 weights of 'a' are removed",)}, ["all 4 weights of 'a' are removed$"]),
     ],
-    ids=["", "a possible decrease", "unknown", "an impossible decrease", "fell back"],
+    ids=["", "a possible decrease", "unknown", "an impossible decrease", "fell back", "collapsed"],
 )
 def test_what_went_less_well_is_listed(changes, expected):
-    found = _degraded(completed(**changes), CompensationSettings())
+    found = degradations(completed(**changes), CompensationSettings())
     assert len(found) == len(expected)
     assert all(re.match(f"step 2: .*{text}", line) for text, line in zip(expected, found, strict=True))
 
@@ -222,7 +230,7 @@ def test_a_resumed_estimator_says_where_its_state_lies(tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_does_not_answer_stops_nothing_and_is_told_later(tmp_path):
-    tracked = {"tracking": {"uri": "http://127.0.0.1:9"}}
+    tracked = {"tracking": {"uri": "http://me:hunter2@127.0.0.1:9"}}
     quick = {"estimator": "obs", "schedule": "one-shot", "steps": 1, "finetune": {"epochs": 0}}
     outcome = execute(settings(tmp_path, **quick, **tracked), REGISTRY)
     [said] = outcome.record.degraded
@@ -230,4 +238,6 @@ def test_a_tracker_that_does_not_answer_stops_nothing_and_is_told_later(tmp_path
     assert said.startswith("tracking: tracking stopped while starting the run: no MLflow server answers at")
     assert said.endswith(f"'sparsekit track {outcome.path}' tells MLflow later")
     assert outcome.tracking_uri is None
+    for name in ("record.json", "run.yaml"):
+        assert "hunter2" not in (outcome.path / name).read_text()
     assert track(outcome.path, default_uri(tmp_path / "later"), "x") == (1, 1)

@@ -425,3 +425,24 @@ def test_a_database_that_was_not_finished_is_in_nobodys_way(tmp_path, monkeypatc
     assert not (tmp_path / "mlflow.db").exists()
     initialise(uri)
     assert (tmp_path / "mlflow.db").exists() and not list(tmp_path.glob(".mlflow.db.*new*"))
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://me:hunter2@host:5000/x", "http://***@host:5000/x"),
+        ("https://host/x?token=hunter2", "https://host/x?***"),
+        ("postgresql://me:hunter2@host/db", "postgresql://***@host/db"),
+        ("sqlite:////tmp/a.db", "sqlite:////tmp/a.db"),
+        ("runs", "runs"),
+    ],
+)
+def test_what_is_secret_in_an_address_is_not_shown(uri, shown):
+    assert tracking.addresses.redacted(uri) == shown
+    assert "hunter2" not in tracking.ui_command(uri)
+
+
+def test_a_password_is_in_no_message_of_a_server_that_is_not_there():
+    tracker = Tracker("http://me:hunter2@127.0.0.1:9")
+    tracker.start("a run", {}, {})
+    assert "no MLflow server answers" in tracker.failure and "hunter2" not in tracker.failure

@@ -12,11 +12,15 @@ from sparsekit.cli.mask import mask
 from sparsekit.cli.plugins import plugins
 from sparsekit.cli.report import report
 from sparsekit.cli.run import run
+from sparsekit.cli.terminal import standard_streams
 from sparsekit.cli.track import track
 from sparsekit.errors import SparsekitError
 
 #: Exit code after Ctrl-C.
 INTERRUPTED = 130
+
+#: Exit code where all was done, and standard output did not take the result.
+UNTOLD = 3
 
 app = typer.Typer(
     name="sparsekit",
@@ -52,15 +56,28 @@ def _main(
 
 def main() -> None:
     """Entry point: what a user can mend is one message and exit code 2; a bug shows its traceback."""
+    with standard_streams() as out:
+        code = _done()
+        out.flush()
+        if out.lost is not None:
+            kept = f"; what was done is in {out.kept}" if out.kept is not None else ""
+            print(f"sparsekit: standard output could not be written ({out.lost}){kept}", file=sys.stderr)
+            code = code or UNTOLD
+    sys.exit(code)
+
+
+def _done() -> str | int | None:
+    """Do the command; its exit code."""
     try:
         app()
     except SparsekitError as error:
         print(f"sparsekit: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except SystemExit as stop:
         if stop.code == INTERRUPTED:  # what typer makes of Ctrl-C
             print("sparsekit: interrupted; the same command goes on, of a run with --resume", file=sys.stderr)
-        raise
+        return stop.code
     except KeyboardInterrupt:
         print("sparsekit: interrupted; the same command goes on, of a run with --resume", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
+    return None

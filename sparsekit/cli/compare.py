@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from sparsekit.cli.display import Lines
+from sparsekit.cli.terminal import console as terminal
+from sparsekit.cli.terminal import keep, marked
 from sparsekit.compare import engine
 from sparsekit.compare.engine import Engine, Sketch
 from sparsekit.compare.executors import Executor, LocalExecutor, RayExecutor
@@ -62,6 +62,7 @@ def compare(
                 lambda: EXECUTORS[executor](count, threads, sketch.memory, int(device.type == "cuda")),
                 retry_failed,
             )
+    keep(report)
     if not print_outcome(found, report, trouble):
         sys.exit(1)
 
@@ -109,12 +110,12 @@ def _work(work: Engine, executor: Callable[[], Executor], again: bool) -> tuple[
 
 def print_sketch(given: ComparisonSettings, sketch: Sketch, workers: int) -> None:
     """What a comparison would do."""
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     axes = list(sketch.points[0].axes)
     varying = [a for a in axes if len({p.axes.get(a) for p in sketch.points}) > 1 or a == "method"]
-    table = Table(*varying, title=escape(given.name))
+    table = Table(*varying, title=given.name)
     for point in sketch.points:
-        table.add_row(*(escape(point.axes.get(axis, "")) for axis in varying))
+        table.add_row(*(point.axes.get(axis, "") for axis in varying))
     console.print(table)
     fixed = ", ".join(f"{a}: {sketch.points[0].axes[a]}" for a in axes if a not in varying)
     levels = ", ".join(f"{100 * s:g} %" for s in sketch.points[0].resolved.sparsity)
@@ -126,12 +127,12 @@ def print_sketch(given: ComparisonSettings, sketch: Sketch, workers: int) -> Non
         "worker."
     )
     for line in sketch.warnings:
-        console.print(f"[yellow]protocol:[/] {escape(line)}.", highlight=False)
+        console.print(marked("protocol:", "yellow", f"{line}."), highlight=False)
 
 
 def print_outcome(found: Comparison, report: Path, trouble: str | None) -> bool:
     """What came of it; whether every run is finished."""
-    console = Console()
+    console = terminal()
     finished = [run for run in found.plan.runs if found.finished(run)]
     console.print(f"{len(finished)} of {len(found.plan.runs)} runs are finished.")
     for run in found.plan.runs:
@@ -139,7 +140,7 @@ def print_outcome(found: Comparison, report: Path, trouble: str | None) -> bool:
         if failure is not None:
             varying = [axis for axis in run.axes if len({r.axes.get(axis) for r in found.plan.runs}) > 1]
             what = ", ".join([run.axes["method"], *(f"{a} {run.axes[a]}" for a in varying if a != "method")])
-            console.print(f"[red]failed:[/] {escape(what)}, seed {run.seed}: {escape(failure.cause)}", highlight=False)
+            console.print(marked("failed:", "red", f"{what}, seed {run.seed}: {failure.cause}"), highlight=False)
     planned = {Path(run.directory).name for run in found.plan.runs}
     others = [path for path in (found.directory / RUNS).glob("*/") if path.name not in planned | {".locks"}]
     if others:
@@ -148,12 +149,11 @@ def print_outcome(found: Comparison, report: Path, trouble: str | None) -> bool:
         )
     lost = [entry for entry in (found.tuning.tuned if found.tuning else []) if failed(entry)]
     for entry in lost:
-        console.print(f"[red]tuning:[/] a trial has failed: {escape(', '.join(entry.axes.values()))}")
+        console.print(marked("tuning:", "red", f"a trial has failed: {', '.join(entry.axes.values())}"))
     if found.failures or lost:
         console.print("--retry-failed does them again.")
     if trouble is not None:
-        console.print(
-            f"[yellow]tracking:[/] {escape(trouble)}. 'sparsekit track {found.directory}' tells MLflow later."
-        )
+        later = f"'sparsekit track {found.directory}' tells MLflow later."
+        console.print(marked("tracking:", "yellow", f"{trouble}. {later}"))
     console.print(f"Report: {report}", soft_wrap=True, highlight=False)
     return len(finished) == len(found.plan.runs)

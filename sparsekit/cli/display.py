@@ -8,15 +8,16 @@ import sys
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from sparsekit.cli.terminal import console as terminal
+from sparsekit.cli.terminal import marked
 from sparsekit.pruner import Event, PhaseStarted, StepCompleted
 from sparsekit.run import Outcome, Preview, planned
 from sparsekit.settings import ResolvedRun
 from sparsekit.tracking import ui_command
+from sparsekit.unused import UNUSED
 
 
 class ProgressDisplay:
@@ -25,11 +26,11 @@ class ProgressDisplay:
     def __init__(self, resolved: ResolvedRun) -> None:
         self._bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=terminal(stderr=True),
             disable=not sys.stderr.isatty(),
             transient=True,
         )
@@ -64,11 +65,11 @@ class Lines:
     def __init__(self) -> None:
         self._bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=terminal(stderr=True),
             disable=not sys.stderr.isatty(),
             transient=True,
         )
@@ -123,7 +124,7 @@ def finite(value: float) -> float | None:
 
 def print_summary(outcome: Outcome) -> None:
     """The summary for people, on standard output."""
-    record, console = outcome.record, Console()
+    record, console = outcome.record, terminal()
     if outcome.repeated:
         console.print("This run was finished before; nothing was done now (--fresh does it again).")
     metrics = list(record.dense)
@@ -131,7 +132,7 @@ def print_summary(outcome: Outcome) -> None:
     named = f"{preset}: " if preset else ""
     how, fitted = record.settings["compensation"]["how"], record.settings["reconstruction"]["how"]
     and_fitted = "" if fitted == "none" else f", {fitted} reconstruction"
-    table = Table(title=escape(f"{named}{record.estimator} on {record.task}, {how} compensation{and_fitted}"))
+    table = Table(title=f"{named}{record.estimator} on {record.task}, {how} compensation{and_fitted}")
     rebuilt = ["rebuilt ΔL"] if fitted != "none" else []
     for column in ("sparsity", "", *metrics, "predicted ΔL", "measured ΔL", *rebuilt):
         table.add_column(column, justify="left" if column == "" else "right")
@@ -150,9 +151,12 @@ def print_summary(outcome: Outcome) -> None:
     console.print(table)
     spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in record.seconds.items())
     console.print(f"{record.parameters['prunable']:,} prunable weights. Seconds: {spent}.")
+    idle = [name for name, why in record.parameters["skipped"].items() if why == UNUSED]
+    if idle:
+        console.print(f"Not counted, as no gradient reaches them: {', '.join(idle)}.")
     console.print(f"Peak memory {record.peak_memory_bytes / 2**20:,.0f} MiB. Levels: {record.path}.")
     for line in record.degraded:
-        console.print(f"[yellow]degraded:[/] {escape(line)}")
+        console.print(marked("degraded:", "yellow", line))
     console.print(f"Record: {outcome.path / 'record.json'}", soft_wrap=True, highlight=False)
     if outcome.tracking_uri is not None:
         console.print(f"MLflow: {ui_command(outcome.tracking_uri)}", soft_wrap=True, highlight=False)
@@ -179,8 +183,8 @@ def print_preview(preview: Preview, as_json: bool) -> None:
         return
     import yaml
 
-    console = Console()
-    console.print(escape(yaml.safe_dump(preview.settings, sort_keys=False).rstrip()), highlight=False)
+    console = terminal()
+    console.print(yaml.safe_dump(preview.settings, sort_keys=False).rstrip(), soft_wrap=True, highlight=False)
     table = Table("parameter", "shape", "weights or why it is skipped")
     if preview.structures:
         table.add_column("modelled as")
@@ -190,6 +194,7 @@ def print_preview(preview: Preview, as_json: bool) -> None:
     for name, reason in space.skipped.items():
         table.add_row(name, "", f"skipped: {reason}")
     console.print(table)
+    console.print("What no gradient reaches is found in the run, by its first examples, and left out unless included.")
     cuts = ", ".join(f"{s.sparsity:.1%}{'*' if s.refresh else ''}" for s in preview.steps)
     console.print(f"Steps (* refreshes the curvature): {cuts}")
     console.print(

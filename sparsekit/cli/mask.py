@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from sparsekit.cli.terminal import console as terminal
+from sparsekit.cli.terminal import keep
 from sparsekit.errors import SettingsError
 from sparsekit.masks import Count, Overlap, TensorCount, apply_mask, count, overlap_of, overlaps, read_mask, total
 from sparsekit.models import read_state_dict
@@ -42,10 +42,10 @@ def _print_counts(counts: Mapping[str, TensorCount]) -> None:
     table = _table("parameter", "shape", "weights", "removed", "sparsity", "empty\nrows", "empty\ncolumns")
     for name, each in counts.items():
         empty = ("–" if number is None else f"{number:,}" for number in (each.empty_rows, each.empty_columns))
-        table.add_row(escape(name), "×".join(map(str, each.shape)), *_figures(each), *empty)
+        table.add_row(name, "×".join(map(str, each.shape)), *_figures(each), *empty)
     table.add_section()
     table.add_row("total", "", *_figures(total(counts.values())), "", "")
-    Console().print(table)
+    terminal().print(table)
 
 
 def _figures(each: Count) -> tuple[str, str, str]:
@@ -77,8 +77,8 @@ def _print_overlaps(by_name: Mapping[str, Overlap]) -> None:
         counted = (f"{number:,}" for number in (each.both, each.only_a, each.only_b))
         if not name:
             table.add_section()
-        table.add_row(escape(name) or "total", *counted, f"{each.agreement:.3f}", f"{each.expected_agreement:.3f}")
-    console = Console()
+        table.add_row(name or "total", *counted, f"{each.agreement:.3f}", f"{each.expected_agreement:.3f}")
+    console = terminal()
     console.print(table)
     console.print(
         "Counted are removed weights. Agreement is |A ∩ B| / |A ∪ B|; by chance: about that of random masks that "
@@ -100,6 +100,7 @@ def apply(
         raise SettingsError(f"the output '{output}' exists; give another name, or --force to replace it")
     applied = apply_mask(read_mask(path), read_state_dict(weights))
     write_tensors(output, applied.weights, {"format": "pt"})
+    keep(output)
     typer.echo(f"{applied.zeroed:,} weights newly set to zero, {applied.already:,} were zero already.")
     for name, parameter in applied.tied.items():
         typer.echo(f"'{name}' has the values of '{parameter}' and was masked with it.")

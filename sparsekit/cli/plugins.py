@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 
+from sparsekit.cli.terminal import console as terminal
 from sparsekit.interfaces import Preset
 from sparsekit.registry import KINDS, Registry
 from sparsekit.run import load_registry
@@ -44,7 +44,7 @@ def plugins(
     for row, info in zip(rows, registry.plugins, strict=True):
         what = "\n".join(f"{kind}: {', '.join(names)}" for kind, names in info.registers.items())
         table.add_row(info.name, info.version, info.distribution, what, str(row["status"]))
-    Console().print(table)
+    terminal().print(table)
 
 
 def _print_settings(registry: Registry, name: str) -> None:
@@ -64,4 +64,4 @@ def _print_settings(registry: Registry, name: str) -> None:
                 else json.dumps(info.get_default(call_default_factory=True), default=str)
             )
             table.add_row(f"{kind}.{field}", default, info.description or "")
-        Console().print(table)
+        terminal().print(table)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sparsekit.cli.terminal import keep
+
 
 def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a comparison.")],
@@ -15,4 +17,6 @@ def report(
     """Write up a comparison from its records: tables, plots, paired differences, as HTML, Markdown, CSV and JSON."""
     from sparsekit.report import write_report  # matplotlib and scipy: other commands start without them
 
-    typer.echo(f"Report: {write_report(directory, output)}")
+    written = write_report(directory, output)
+    keep(written)
+    typer.echo(f"Report: {written}")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsekit.cli.display import ProgressDisplay, print_preview, print_summary, summary
+from sparsekit.cli.terminal import keep
 from sparsekit.run import execute, load_registry, preview
 from sparsekit.settings import merge, parse_assignment, read_config, resolve
 
@@ -75,6 +76,7 @@ def run(
         outcome = execute(
             resolved, registry, resume=resume, fresh=fresh, listener=display.event, progress=display.progress
         )
+    keep(outcome.path)
     if as_json:
         json.dump(summary(outcome), sys.stdout, indent=2)
         sys.stdout.write("\n")

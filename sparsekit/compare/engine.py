@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsekit.addresses import redacted
 from sparsekit.compare import tuning
 from sparsekit.compare.estimate import passes, seconds_of_an_example
 from sparsekit.compare.executors import Executor, WorkerDied
@@ -39,7 +40,7 @@ from sparsekit.interfaces import Task
 from sparsekit.provenance import available_memory, identity, now, plugins_used, sources
 from sparsekit.records import RunDirectory, run_key
 from sparsekit.registry import Registry
-from sparsekit.run import check_examples, find_device, preview
+from sparsekit.run import find_device, preview, with_examples
 from sparsekit.settings import ResolvedRun, resolve
 from sparsekit.sharing import SharedStatistics
 
@@ -108,8 +109,7 @@ def sketch(given: ComparisonSettings, registry: Registry) -> Sketch:
 def _memory(point: Point) -> int:
     """Bytes that a worker with a point's run needs at most; refuses what cannot work."""
     try:
-        check_examples(point.resolved, point.resolved.build("task"))
-        needed = preview(point.resolved).memory
+        needed = preview(with_examples(point.resolved, point.resolved.build("task"))).memory
     except SparsekitError as error:
         raise type(error)(f"{point.name}: {error}") from error
     fitting = point.resolved.settings.reconstruction
@@ -121,6 +121,14 @@ def workers_for(cores: int, memory: int, threads: int, device: torch.device) -> 
     if device.type == "cuda":
         return 1
     return max(1, min(cores // threads, int(0.9 * available_memory(device).host // memory)))
+
+
+def _shown(given: ComparisonSettings) -> dict[str, Any]:
+    """The file as the plan and the report show it, without what is secret in an address."""
+    plain = given.model_dump(mode="json")
+    if given.tracking.uri is not None:
+        plain["tracking"]["uri"] = redacted(given.tracking.uri)
+    return plain
 
 
 # -- the comparison ----------------------------------------------------------------------------------------
@@ -243,6 +251,7 @@ class Engine:
                 seeded = {**settings, "seed": seed}
                 own = resolve({**seeded, "output": str(self.directory / RUNS)}, self.registry)
                 task, found, _ = self._source(own)
+                own = with_examples(own, task)
                 key = run_key(identity(own, self.registry, found, find_device(own.settings.device)))
                 path = RunDirectory.of(Path(RUNS), task.name, own.classes["estimator"].name, key).path
                 runs.append(
@@ -258,7 +267,7 @@ class Engine:
                 )
         return Plan(
             name=self.given.name,
-            file=self.given.model_dump(mode="json"),
+            file=_shown(self.given),
             reference=self.given.reference or _magnitude(points),
             warnings=warnings(self.given, points),
             seeds_vary=_varies(points),
@@ -284,7 +293,8 @@ class Engine:
         groups: dict[str, list[PlannedRun]] = {}
         for run in runs:
             resolved = resolve(run.settings, self.registry)
-            _, found, _ = self._source(resolved)
+            task, found, _ = self._source(resolved)
+            resolved = with_examples(resolved, task)
             device = find_device(resolved.settings.device)
             of = identity(resolved, self.registry, found, device)
             key = SharedStatistics.key(of, resolved.classes["estimator"], resolved.options["estimator"])

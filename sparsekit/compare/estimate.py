@@ -20,6 +20,7 @@ _FIT = 5.0  # layers fitted to the dense network's, by anchor and cut
 def passes(resolved: ResolvedRun, *, shared: bool = False) -> float:
     """Forward and backward passes of single examples that a run makes; `shared`: its first estimate is another's."""
     task: Task = resolved.build("task")
+    resolved = resolved.fitted(task.size("train"))
     given: Any = resolved.options["estimator"]
     fitting, recipe = resolved.settings.reconstruction, resolved.finetune
     steps = planned(resolved)

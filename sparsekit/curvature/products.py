@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,9 @@ from sparsekit.objective import Objective, as_found, some
 class GaussNewton:
     """v ↦ F v with F = (1/N) Σ_n J_nᵀ Λ_n J_n over all the space's weights, cross-layer parts included.
 
-    One forward-mode and one reverse-mode pass for each batch and vector. For likelihoods of the exponential
-    family with natural parameters this is the Fisher information.
+    One forward-mode and one reverse-mode pass for each batch and vector; where a function has no forward mode, two of
+    reverse mode stand in for the first. For likelihoods of the exponential family with natural parameters this is the
+    Fisher information.
 
     Reference: Schraudolph, 2002.
     """
@@ -36,12 +39,17 @@ class GaussNewton:
                 def forward(values: dict[str, Tensor], inputs: Tensor = inputs) -> Tensor:
                     return torch.func.functional_call(model, (values, rest), (inputs,))
 
-                output, pull = torch.func.vjp(forward, primals)  # type: ignore[misc]
+                # not torch.func.vjp, which fails on attention under autocast
+                leaves = {name: p.detach().requires_grad_() for name, p in primals.items()}
+                with torch.enable_grad():
+                    output = forward(leaves)
                 for k in range(columns.shape[1]):
                     tangent = space.unflatten(columns[:, k].contiguous())
-                    _, pushed = torch.func.jvp(forward, (primals,), (tangent,))  # type: ignore[misc]
-                    (gradient,) = pull(self._output_curvature(output, targets, pushed) * weight)
-                    total[:, k] += space.flatten(gradient)
+                    vector = self._output_curvature(output, targets, _pushed(forward, primals, tangent)) * weight
+                    gradients = torch.autograd.grad(
+                        output, list(leaves.values()), vector, retain_graph=True, materialize_grads=True
+                    )
+                    total[:, k] += space.flatten(dict(zip(leaves, gradients, strict=True)))
                 count += len(output)
         return (total / some(count)).view_as(V)
 
@@ -49,3 +57,22 @@ class GaussNewton:
         """The Hessian of each example's loss in the outputs, times its tangent."""
         likelihood = self.objective.likelihood
         return likelihood.root_scale(output, targets) ** 2 * likelihood.curvature(output, tangent)
+
+
+def _pushed(
+    forward: Callable[[dict[str, Tensor]], Tensor], primals: dict[str, Tensor], tangent: dict[str, Tensor]
+) -> Tensor:
+    """J tangent, J the outputs' Jacobian at the primals."""
+    pushed: Tensor
+    try:
+        _, pushed = torch.func.jvp(forward, (primals,), (tangent,))  # type: ignore[misc]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # no forward mode, such as batch norm's between types of number under autocast
+
+        def of_values(*values: Tensor) -> Tensor:
+            return forward(dict(zip(primals, values, strict=True)))
+
+        vectors = tuple(tangent[name] for name in primals)
+        _, pushed = torch.autograd.functional.jvp(of_values, tuple(primals.values()), vectors)
+    return pushed

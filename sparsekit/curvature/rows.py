@@ -15,6 +15,7 @@ from torch.nn.grad import conv2d_weight
 
 from sparsekit.curvature.vectors import FisherKind, output_vectors, refuse_rounding
 from sparsekit.errors import CurvatureError, ModelError
+from sparsekit.networks import check_examples_apart
 from sparsekit.objective import Objective, as_found
 from sparsekit.parameters import ParameterSpace
 
@@ -47,6 +48,7 @@ def gradient_rows(
 
     Raises:
         CurvatureError: a gradient is not finite, or the targets of an empirical Fisher are the network's own outputs.
+        ModelError: the output for an example depends on the others of its batch.
     """
     model, likelihood, space = objective.model, objective.likelihood, objective.space
     with as_found(model):
@@ -60,7 +62,7 @@ def gradient_rows(
         checked = False
         for inputs, given, weight in objective.weighted():
             with record_uses(hooked), torch.enable_grad():
-                output = model(inputs).to(objective.dtype)  # of half precision where the model casts inside
+                output = model(inputs)
             vectors = output_vectors(likelihood, output, given, fisher, generator)
             if fisher == "empirical" and not checked:
                 refuse_rounding(likelihood, output.detach(), given, vectors[0])
@@ -75,6 +77,8 @@ def gradient_rows(
                 if not checked:
                     hooked = _confirmed(hooked, gradients, model, inputs, vector)
                     functional, checked = _others(space, hooked), True
+                    if functional:  # among the reasons may be that examples are not computed apart
+                        check_examples_apart(model, inputs)
                 if functional:
                     for name, row in _functional_gradients(model, functional, inputs, vector).items():
                         gradients[name].copy_(row)
@@ -228,12 +232,14 @@ class HookedLayer:
     Attributes:
         uses: of each call the input, and the place of the output in the graph, None where nothing is to be
             differentiated. Not the output itself: an activation in place would make that its own.
+        dtype: of the last output; less precise than the weights' under autocast.
     """
 
     module: nn.Module
     weight: str | None  # names in the space; None where the parameter is not prunable
     bias: str | None
     uses: list[tuple[Tensor, GradientEdge | None]] = field(default_factory=list)
+    dtype: torch.dtype | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -289,6 +295,7 @@ def record_uses(layers: Sequence[HookedLayer]) -> ExitStack:
             layer: HookedLayer = layer,
         ) -> None:
             given = args[0] if args else kwargs["input"]
+            layer.dtype = output.dtype
             layer.uses.append((given.detach(), get_gradient_edge(output) if output.requires_grad else None))
 
         handle = layer.module.register_forward_hook(hook, with_kwargs=True)
@@ -314,20 +321,20 @@ def _add_hooked_gradients(
             "the model uses reentrant checkpointing, through which no single gradient can be taken; call checkpoint "
             "with use_reentrant=False"
         ) from None
-    for (layer, a, _), d in zip(uses, found, strict=True):
-        if d is None:  # the output does not depend on this call
+    for (layer, given, _), pushed in zip(uses, found, strict=True):
+        if pushed is None:  # the output does not depend on this call
             continue
+        # A lookup's numbers stay what they are; what autocast has narrowed is widened again.
+        d, a = pushed.to(vector.dtype), given.to(vector.dtype) if given.is_floating_point() else given
         if len(a) != len(vector):  # it would be broadcast over the examples, or fail obscurely
             raise CurvatureError(
                 f"the layer of '{layer.names[0]}' was called with a batch of {len(a)} for {len(vector)} examples, "
                 "though with as many as examples before; exclude its parameters"
             )
-        dtype = next(layer.module.parameters()).dtype  # of half precision where the model casts inside
-        given, slope = a.to(dtype) if a.is_floating_point() else a, d.to(dtype)
         if layer.bias is not None:
-            gradients[layer.bias] += layer.rule.bias(layer.module, given, slope)
+            gradients[layer.bias] += layer.rule.bias(layer.module, a, d)
         if layer.weight is not None:
-            gradients[layer.weight] += layer.rule.weight(layer.module, given, slope)
+            gradients[layer.weight] += layer.rule.weight(layer.module, a, d)
 
 
 def _confirmed(
@@ -337,7 +344,8 @@ def _confirmed(
     names = list(dict.fromkeys(name for layer in layers for name in layer.names))
     some = sorted({0, len(vector) - 1})
     truth = _one_by_one(model, names, inputs[some], vector[some])
-    tolerance = min(0.1, max(1e-6, 1e5 * torch.finfo(vector.dtype).eps))  # 1 % for float32: TF32 passes
+    coarsest = max(torch.finfo(dtype).eps for dtype in (vector.dtype, *(layer.dtype for layer in layers)) if dtype)
+    tolerance = min(0.1, max(1e-6, 1e5 * coarsest))  # 1 % for float32: TF32 passes
     whole = torch.stack([t.norm() for t in truth.values()]).norm() if names else 0.0
 
     def agrees(name: str) -> bool:

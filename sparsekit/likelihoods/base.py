@@ -74,8 +74,6 @@ class Likelihood(ABC):
 
     def losses(self, output: Tensor, target: Tensor) -> Tensor:
         """The loss of each example, (N,): −log p summed or averaged over positions."""
-        if output.dtype in (torch.bfloat16, torch.float16):  # too few digits for a mean
-            output = output.float()
         values = self.elementwise(output, target).flatten(1)
         return values.mean(1) if self.reduction == "mean" else values.sum(1)
 

@@ -1,5 +1,6 @@
 """Symmetric positive definite operators on Rⁿ: their products, solves, diagonals and constrained minima."""
 
+from sparsekit.linalg.elimination import check_pivots, eliminate
 from sparsekit.linalg.iterative import ConjugateGradients, conjugate_gradients
 from sparsekit.linalg.kronecker import KroneckerDiagonal, kronecker_product
 from sparsekit.linalg.lowrank import DiagonalPlusLowRank
@@ -27,6 +28,8 @@ __all__ = [
     "Principal",
     "RepeatedBlock",
     "Rescaled",
+    "check_pivots",
     "conjugate_gradients",
+    "eliminate",
     "kronecker_product",
 ]

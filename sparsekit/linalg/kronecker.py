@@ -19,6 +19,9 @@ _SLICE = 1 << 26
 #: Rows of a matrix that may meet in a principal block which is taken row by row; the work grows with their square.
 MOST_ROWS = 32
 
+#: Magnification of rounding up to which single precision leaves about three digits.
+SINGLE_PRECISION_RANGE = 1e4
+
 
 def kronecker_product(factors: Factors, X: Tensor, *, transposed: bool = False) -> Tensor:
     """(U_1 ⊗ … ⊗ U_m) X, group by group, without forming it; differentiable.
@@ -111,25 +114,100 @@ class KroneckerDiagonal(LinearOperator):
         return [self.size // len(self.q)] * len(self.q)
 
     def blocks(self, index: Tensor) -> Tensor:
-        """Principal blocks: by rows where there are two modes and few rows meet in a block, else pair by pair."""
-        clean = index.clamp_min(0)
-        by_rows = len(self.factors) == 2 and None not in self.factors
-        ranks = _ranks(clean // self.q.shape[-1]) if by_rows else clean
-        found = self._by_rows(clean, ranks) if by_rows and int(ranks.max()) < MOST_ROWS else self._by_pairs(clean)
-        if self.outer is not None:
-            scale = self.outer.reshape(-1)[clean]
-            found = found * scale[:, :, None] * scale[:, None, :]
-        return padded(found, index)
+        """Principal blocks: inside a row by its spectrum, by rows where few of a matrix meet, else pair by pair."""
+        return self._principal(self.factors, self.q, self.outer, index)
 
-    def _by_rows(self, index: Tensor, ranks: Tensor) -> Tensor:
+    def inverse_blocks(self, index: Tensor) -> Tensor:
+        """The same with O⁻¹, U_i⁻ᵀ and 1/q."""
+        outer = None if self.outer is None else self.outer.reciprocal()
+        return self._principal(self._inverses, self.q.reciprocal(), outer, index)
+
+    def conditioned_blocks(self, index: Tensor) -> Tensor:
+        """Of rows without an inversion: H_oo = V diag(h_o) Vᵀ, so that (H_oo)⁻¹ = V⁻ᵀ diag(1/h_o) V⁻¹.
+
+        In the operator's type as long as Σ_ii H_ii, by which eliminating the others magnifies the rounding of Σ_ii, is
+        below SINGLE_PRECISION_RANGE.
+        """
+        rows, width = index[:, 0] // self._width, self._width
+        places = torch.arange(index.shape[1], device=index.device)
+        if index.shape[1] != width or not bool((index == rows[:, None] * width + places).all()):
+            return super().conditioned_blocks(index)
+        h = self._spectra(self._inverses, self.q.reciprocal(), rows)
+        if all(U is None for U in self.factors[1:]):
+            return self._scaled(torch.diag_embed(h.reciprocal()), self.outer, index)
+        there, back = self._rest(self.factors, index), self._rest(self._inverses, index)
+        diagonals = [(V.square() @ x[..., None])[..., 0] for V, x in ((there, h.reciprocal()), (back, h))]
+        if float((diagonals[0] * diagonals[1]).max()) > SINGLE_PRECISION_RANGE:
+            there, h = there.double(), h.double()
+        return self._scaled((there / h[:, None]) @ there.mT, self.outer, index)
+
+    def _principal(self, factors: Factors, q: Tensor, outer: Tensor | None, index: Tensor) -> Tensor:
+        first = index.amax(1, keepdim=True).clamp_min(0)
+        clean = torch.where(index < 0, first, index)  # so that padding adds no row to a block
+        rows = clean // self._width
+        if bool((rows == rows[:, :1]).all()):
+            found = self._inside(factors, self._spectra(factors, q, rows[:, 0]), clean)
+        else:
+            by_rows = len(factors) == 2 and None not in factors
+            ranks = _ranks(rows) if by_rows else clean
+            few = by_rows and int(ranks.max()) < MOST_ROWS
+            found = self._by_rows(factors, q, clean, ranks) if few else self._by_pairs(factors, q, clean)
+        return padded(self._scaled(found, outer, clean), index)
+
+    @property
+    def _width(self) -> int:
+        """Coordinates of a row, which is what the first mode counts."""
+        return prod(self.q.shape[2:])
+
+    @staticmethod
+    def _scaled(blocks: Tensor, outer: Tensor | None, index: Tensor) -> Tensor:
+        if outer is None:
+            return blocks
+        scale = outer.reshape(-1)[index]
+        return blocks * scale[:, :, None] * scale[:, None, :]
+
+    def _spectra(self, factors: Factors, q: Tensor, rows: Tensor) -> Tensor:
+        """Σ_k U_1[o,k]² q[k, ·] for rows o (m,), counted over all groups: (m, width), in the other factors' basis."""
+        U, flat = factors[0], q.reshape(*q.shape[:2], -1)
+        group, row = rows // q.shape[1], rows % q.shape[1]
+        if U is None:
+            return flat[group, row]
+        out = flat.new_empty(len(rows), self._width)
+        for g in group.unique():
+            mine = group == g
+            out[mine] = U[g, row[mine]].square() @ flat[g]
+        return out
+
+    def _inside(self, factors: Factors, spectra: Tensor, index: Tensor) -> Tensor:
+        """V[c] diag(spectrum) V[d]ᵀ for the coordinates c, d (m, B) of one row a block, V = U_2 ⊗ … ⊗ U_m."""
+        if all(U is None for U in factors[1:]):
+            return torch.diag_embed(spectra.gather(1, index % self._width))
+        V = self._rest(factors, index)
+        return (V * spectra[:, None]) @ V.mT
+
+    def _rest(self, factors: Factors, index: Tensor) -> Tensor:
+        """U_2 ⊗ … ⊗ U_m at the coordinates of one row a block: (m, B, width), (B, width) where the same for all."""
+        place, group = index % self._width, index[:, :1] // (self._width * self.q.shape[1])
+        if bool((group == group[:1]).all()) and bool((place == place[:1]).all()):
+            place, group = place[0], group[0]
+        modes = self.q.shape[2:]
+        V = self.q.new_ones(*place.shape, 1)
+        for U, at, d in zip(factors[1:], torch.unravel_index(place, modes), modes, strict=True):
+            rows = torch.nn.functional.one_hot(at, d).to(V) if U is None else U[group, at]
+            V = (V[..., None] * rows[..., None, :]).flatten(-2)
+        return V
+
+    def _by_rows(self, factors: Factors, q: Tensor, index: Tensor, ranks: Tensor) -> Tensor:
         """Blocks of matrices: between row r and row s, V[c] diag((U[r] ∘ U[s]) q) V[d]ᵀ for columns c and d.
 
         Args:
+            factors: U and V.
+            q: of the same groups.
             index: (m, B).
             ranks: (m, B), numbers from 0 for the rows that meet in each block.
         """
         groups, rows, columns = self.q.shape
-        U, V = self.factors
+        U, V = factors
         assert U is not None and V is not None
         out = torch.zeros(*index.shape, index.shape[1], dtype=self.dtype, device=self.device)
         longest = max(1, _SLICE // (index.shape[1] * columns))
@@ -144,12 +222,12 @@ class KroneckerDiagonal(LinearOperator):
                     weights = left.new_zeros(len(some), columns)
                     for g in range(groups):
                         mine = (firsts[a] // rows == g) & (firsts[b] // rows == g)
-                        weights[mine] = left[mine] @ self.q[g]
+                        weights[mine] = left[mine] @ q[g]
                     part = (right * here[:, :, None] * weights[:, None]) @ (right * there[:, :, None]).mT
                     out[some] += part if a == b else part + part.mT
         return out
 
-    def _by_pairs(self, index: Tensor) -> Tensor:
+    def _by_pairs(self, factors: Factors, q: Tensor, index: Tensor) -> Tensor:
         """For each pair of coordinates one contraction of the group's q with rows of the factors."""
         groups, *modes = self.q.shape
         within = prod(modes)
@@ -160,22 +238,23 @@ class KroneckerDiagonal(LinearOperator):
                 for g in range(groups):
                     pairs = ((group[:, a] == g) & (group[:, b] == g)).nonzero()[:, 0]
                     for some in pairs.split(max(1, _SLICE * modes[0] // within)):
-                        out[some, a, b] = out[some, b, a] = self._between(g, place[some, a], place[some, b])
+                        out[some, a, b] = out[some, b, a] = _between(factors, q, g, place[some, a], place[some, b])
         return out
 
-    def _between(self, group: int, left: Tensor, right: Tensor) -> Tensor:
-        """Σ_j q_j Π_i U_i[l_i, j_i] U_i[r_i, j_i] within a group, for p pairs of places l, r (p, m): (p,)."""
-        q = self.q[group]
-        T = q.new_zeros(0)
-        for i, U in enumerate(self.factors):
-            here, there = left[:, i], right[:, i]
-            if U is None:
-                T = q[here] if i == 0 else T[torch.arange(len(here), device=T.device), here]
-                T = T * (here == there).view(-1, *[1] * (T.dim() - 1))
-                continue
-            rows = U[group, here] * U[group, there]
-            T = torch.tensordot(rows, q, 1) if i == 0 else torch.einsum("pi,pi...->p...", rows, T)
-        return T
+
+def _between(factors: Factors, q: Tensor, group: int, left: Tensor, right: Tensor) -> Tensor:
+    """Σ_j q_j Π_i U_i[l_i, j_i] U_i[r_i, j_i] within a group, for p pairs of places l, r (p, m): (p,)."""
+    q = q[group]
+    T = q.new_zeros(0)
+    for i, U in enumerate(factors):
+        here, there = left[:, i], right[:, i]
+        if U is None:
+            T = q[here] if i == 0 else T[torch.arange(len(here), device=T.device), here]
+            T = T * (here == there).view(-1, *[1] * (T.dim() - 1))
+            continue
+        rows = U[group, here] * U[group, there]
+        T = torch.tensordot(rows, q, 1) if i == 0 else torch.einsum("pi,pi...->p...", rows, T)
+    return T
 
 
 def _ranks(rows: Tensor) -> Tensor:

@@ -198,16 +198,25 @@ class DiagonalPlusLowRank(LinearOperator):
 
     def blocks(self, index: Tensor) -> Tensor:
         """(I − V_GᵀV_G)/γ."""
-        out, step = [], max(1, self._page // index.shape[1])
-        for part in index.split(step):
+        eye = torch.eye(index.shape[1], dtype=torch.float64, device=self.device)
+        out = []
+        for columns in self._columns(index):
+            V = torch.linalg.solve_triangular(self._factor, columns, upper=False)
+            out.append((eye - V.mT @ V) / self.damping)
+        return padded(torch.cat(out).to(self.dtype), index)
+
+    def inverse_blocks(self, index: Tensor) -> Tensor:
+        """γI + G_GᵀG_G/m, float64."""
+        eye = self.damping * torch.eye(index.shape[1], dtype=torch.float64, device=self.device)
+        return padded(torch.cat([eye + G.mT @ G / self.count for G in self._columns(index)]), index)
+
+    def _columns(self, index: Tensor) -> Iterator[Tensor]:
+        """The columns of G in groups (m, B), a few groups at a time: (·, r, B), float64."""
+        for part in index.split(max(1, self._page // index.shape[1])):
             columns = self.rows[:, part.clamp_min(0).flatten().to(self.rows.device)].to(self.device, torch.float64)
             if self.kept is not None:
                 columns = columns * self.kept[part.clamp_min(0).flatten()]
-            V = torch.linalg.solve_triangular(self._factor, columns, upper=False)
-            V = V.view(len(V), *part.shape).movedim(0, 1)  # (m, r, B)
-            eye = torch.eye(part.shape[1], dtype=V.dtype, device=V.device)
-            out.append((eye - V.mT @ V) / self.damping)
-        return padded(torch.cat(out).to(self.dtype), index)
+            yield columns.view(len(columns), *part.shape).movedim(0, 1)
 
     def conditioned(self, kept: Tensor) -> DiagonalPlusLowRank:
         """Exact: the rows without the columns of what is fixed."""

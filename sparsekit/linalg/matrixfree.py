@@ -70,6 +70,14 @@ class MatrixFree(LinearOperator):
         """Of the approximation."""
         return self.approximation.blocks(index)
 
+    def inverse_blocks(self, index: Tensor) -> Tensor:
+        """Of the approximation's inverse."""
+        return self.approximation.inverse_blocks(index)
+
+    def conditioned_blocks(self, index: Tensor) -> Tensor:
+        """Of the approximation."""
+        return self.approximation.conditioned_blocks(index)
+
     def minimise(
         self,
         fixed: Tensor,

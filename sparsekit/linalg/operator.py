@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sparsekit.errors import CurvatureError
 from sparsekit.linalg.iterative import ConjugateGradients, conjugate_gradients
+
+#: Smallest pivot, relative to the largest, below which a Cholesky factor is not trusted.
+RELATIVE_PIVOT = 1e-12
+
+#: Coordinates of the largest operator whose H is asked for column by column, each column a solve.
+MOST_COLUMNS = 20_000
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,8 @@ class LinearOperator(ABC):
     """A symmetric positive definite operator Σ on Rⁿ that knows its inverse H = Σ⁻¹.
 
     A structure writes four formulas - `_matmul`, `_solve`, `diagonal`, `inverse_diagonal` - and may override
-    what it can do exactly or cheaply: `conditioned`, `minimise`, `blocks`, `stretches`.
+    what it can do exactly or cheaply: `conditioned`, `minimise`, `blocks`, `inverse_blocks`, `conditioned_blocks`,
+    `stretches`.
 
     Attributes:
         size: n.
@@ -102,11 +110,50 @@ class LinearOperator(ABC):
         Returns:
             (m, B, B).
         """
+        return self._columnwise(self._matmul, index)
+
+    def inverse_blocks(self, index: Tensor) -> Tensor:
+        """Principal blocks H_GG of groups of coordinates, as `blocks` gives those of Σ.
+
+        The default takes a solve for every coordinate that is asked for.
+
+        Raises:
+            CurvatureError: that would be for more than MOST_COLUMNS coordinates.
+        """
+        if self.size > MOST_COLUMNS:
+            raise CurvatureError(
+                f"{type(self).__name__} knows blocks of the precision by a solve for each of its {self.size:,} "
+                f"coordinates, which is done for {MOST_COLUMNS:,} at most; use an estimator with blocks, a diagonal or "
+                "Kronecker factors, or a saliency that needs Σ alone (obs, obs-greedy)"
+            )
+        return self._columnwise(self._solve, index)
+
+    def conditioned_blocks(self, index: Tensor) -> Tensor:
+        """(H_GG)⁻¹ for groups of coordinates: what Σ_GG becomes once all coordinates outside of G are fixed.
+
+        Args:
+            index: (m, B), padded as for `blocks`.
+
+        Returns:
+            (m, B, B), a new tensor, float64 where the operator's type would not do.
+
+        Raises:
+            CurvatureError: a block is not positive definite to RELATIVE_PIVOT, or see `inverse_blocks`.
+        """
+        precision, surplus = self.inverse_blocks(index).double(), index < 0
+        if bool(surplus.any()):  # beside a precision of another scale the identity's pivots would look wrong
+            inside = precision.diagonal(dim1=1, dim2=2).masked_fill(surplus, 0.0)
+            mean = inside.sum(1) / (~surplus).sum(1).clamp_min(1)
+            precision.diagonal(dim1=1, dim2=2).copy_(torch.where(surplus, mean[:, None], inside))
+        return padded(torch.cholesky_inverse(cholesky(precision)), index)
+
+    def _columnwise(self, product: Callable[[Tensor], Tensor], index: Tensor) -> Tensor:
+        """Principal blocks of a matrix that is known by its products."""
         out = []
         for group in index:
             columns = torch.zeros(self.size, len(group), dtype=self.dtype, device=self.device)
             columns[group.clamp_min(0), torch.arange(len(group), device=self.device)] = 1
-            out.append((self @ columns)[group.clamp_min(0)])
+            out.append(product(columns)[group.clamp_min(0)])
         return padded(torch.stack(out), index)
 
     def minimise(
@@ -197,6 +244,8 @@ class LinearOperator(ABC):
 def padded(blocks: Tensor, index: Tensor) -> Tensor:
     """Blocks (m, B, B) with the identity's rows and columns where index (m, B) is −1."""
     surplus = index < 0
+    if not bool(surplus.any()):
+        return blocks
     clean = blocks.masked_fill(surplus[:, :, None] | surplus[:, None, :], 0.0)
     return clean + torch.diag_embed(surplus.to(blocks.dtype))
 
@@ -216,3 +265,21 @@ def missing_damping(matrices: Tensor, pivot: float) -> str:
         f"the least eigenvalue is {float(spectra.min()):.1e} beside {float(spectra.max()):.1e}, the largest: raise the "
         f"damping by at least {float(least.max()):.1e}, in absolute terms"
     )
+
+
+def cholesky(blocks: Tensor) -> Tensor:
+    """Lower Cholesky factors of blocks (m, B, B).
+
+    Raises:
+        CurvatureError: a block is not positive definite to RELATIVE_PIVOT.
+    """
+    factor, failed = torch.linalg.cholesky_ex(blocks)
+    pivots = factor.diagonal(dim1=1, dim2=2).square()
+    bad = (failed > 0) | ~(pivots.amin(1) > RELATIVE_PIVOT * pivots.amax(1))
+    if bool(bad.any()):
+        pivot = max(RELATIVE_PIVOT, blocks.shape[1] * torch.finfo(blocks.dtype).eps)
+        raise CurvatureError(
+            f"{int(bad.sum())} of {len(blocks)} curvature blocks are not positive definite to working precision; "
+            + missing_damping(blocks[bad], pivot)
+        )
+    return factor

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from sparsekit.errors import CurvatureError
 from sparsekit.linalg.iterative import conjugate_gradients
-from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, missing_damping, padded
-
-#: Smallest pivot, relative to the largest, below which a Cholesky factor is not trusted.
-RELATIVE_PIVOT = 1e-12
+from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, cholesky, padded
 
 
 class Diagonal(LinearOperator):
@@ -42,6 +38,9 @@ class Diagonal(LinearOperator):
 
     def blocks(self, index: Tensor) -> Tensor:
         return padded(torch.diag_embed(self.d[index.clamp_min(0)]), index)
+
+    def inverse_blocks(self, index: Tensor) -> Tensor:
+        return padded(torch.diag_embed(self.d[index.clamp_min(0)].reciprocal()), index)
 
     def minimise(
         self,
@@ -80,7 +79,7 @@ class BlockDiagonal(LinearOperator):
     @cached_property
     def inverse(self) -> Tensor:
         """(m, B, B), the blocks of Σ."""
-        return torch.cholesky_inverse(_cholesky(self.precision))
+        return torch.cholesky_inverse(cholesky(self.precision))
 
     def _scatter(self, X: Tensor) -> Tensor:
         """(n, k) -> (m, B, k), zero in the surplus."""
@@ -108,9 +107,15 @@ class BlockDiagonal(LinearOperator):
         return self._sizes
 
     def blocks(self, index: Tensor) -> Tensor:
+        return self._principal(self.inverse, index)
+
+    def inverse_blocks(self, index: Tensor) -> Tensor:
+        return self._principal(self.precision, index)
+
+    def _principal(self, matrices: Tensor, index: Tensor) -> Tensor:
         place = self._inside.nonzero()[index.clamp_min(0)]  # (m, B, 2): block and position in it
         block, position = place[..., 0], place[..., 1]
-        found = self.inverse[block[:, :, None], position[:, :, None], position[:, None, :]]
+        found = matrices[block[:, :, None], position[:, :, None], position[:, None, :]]
         return padded(found * (block[:, :, None] == block[:, None, :]), index)
 
     def minimise(
@@ -127,7 +132,7 @@ class BlockDiagonal(LinearOperator):
         target = torch.where(fixed, values.to(self.dtype), 0.0)
         right = -self.solve(target) if linear is None else -(self.solve(target) + linear.to(self.dtype))
         right = torch.where(fixed, 0.0, right)
-        factor = _cholesky(_decoupled(self._scatter(fixed[:, None])[..., 0], self.precision))
+        factor = cholesky(_decoupled(self._scatter(fixed[:, None])[..., 0], self.precision))
         solution = torch.cholesky_solve(self._scatter(right[:, None]), factor)[self._inside][:, 0]
         return ConstrainedMinimum(torch.where(fixed, target, solution))
 
@@ -216,11 +221,22 @@ class RepeatedBlock(LinearOperator):
 
     def blocks(self, index: Tensor) -> Tensor:
         if self._shared is None:
-            return _gathered(self, index, self._rows(self.kept))
+            return _gathered(index, self._rows(self.kept), LinearOperator.blocks)
+        return padded(self._principal(self._shared.inverse, index), index)
+
+    def inverse_blocks(self, index: Tensor) -> Tensor:
+        found = self._principal(self.precision, index)
+        if self.kept is not None:
+            outside = ~self.kept[index.clamp_min(0)]
+            stand_in = self._outside()[index.clamp_min(0)] * outside
+            found = found.masked_fill(outside[:, :, None] | outside[:, None, :], 0.0) + torch.diag_embed(stand_in)
+        return padded(found, index)
+
+    def _principal(self, matrices: Tensor, index: Tensor) -> Tensor:
         row, position = index.clamp_min(0) // self.precision.shape[1], index.clamp_min(0) % self.precision.shape[1]
         group = row // self.repeats
-        found = self._shared.inverse[group[:, :, None], position[:, :, None], position[:, None, :]]
-        return padded(found * (row[:, :, None] == row[:, None, :]), index)
+        found = matrices[group[:, :, None], position[:, :, None], position[:, None, :]]
+        return found * (row[:, :, None] == row[:, None, :])
 
     def minimise(
         self,
@@ -270,6 +286,15 @@ class Rescaled(LinearOperator):
     def blocks(self, index: Tensor) -> Tensor:
         s = self.s[index.clamp_min(0)]
         return padded(self.base.blocks(index) * s[:, :, None] * s[:, None, :], index)
+
+    def inverse_blocks(self, index: Tensor) -> Tensor:
+        s = self.s[index.clamp_min(0)]
+        return padded(self.base.inverse_blocks(index) / s[:, :, None] / s[:, None, :], index)
+
+    def conditioned_blocks(self, index: Tensor) -> Tensor:
+        """As the base's."""
+        s = self.s[index.clamp_min(0)]
+        return padded(self.base.conditioned_blocks(index) * s[:, :, None] * s[:, None, :], index)
 
     def minimise(
         self,
@@ -327,7 +352,14 @@ class DirectSum(LinearOperator):
         return [length for part in self.parts for length in part.stretches()]
 
     def blocks(self, index: Tensor) -> Tensor:
-        return _gathered(self, index, self._placed())
+        return _gathered(index, self._placed(), LinearOperator.blocks)
+
+    def inverse_blocks(self, index: Tensor) -> Tensor:
+        return _gathered(index, self._placed(), LinearOperator.inverse_blocks)
+
+    def conditioned_blocks(self, index: Tensor) -> Tensor:
+        """Each part's own."""
+        return _gathered(index, self._placed(), LinearOperator.conditioned_blocks)
 
     def _placed(self) -> Iterator[tuple[slice, LinearOperator]]:
         start = 0
@@ -417,16 +449,23 @@ class Principal(LinearOperator):
         return found.masked_fill(outside[:, :, None] | outside[:, None, :], 0.0) + diagonal
 
 
-def _gathered(whole: LinearOperator, index: Tensor, parts: Iterable[tuple[slice, LinearOperator]]) -> Tensor:
-    """Principal blocks of a direct sum from those of its parts, one part at a time."""
-    out = torch.zeros(*index.shape, index.shape[1], dtype=whole.dtype, device=whole.device)
+def _gathered(
+    index: Tensor, parts: Iterable[tuple[slice, LinearOperator]], of: Callable[[LinearOperator, Tensor], Tensor]
+) -> Tensor:
+    """Principal blocks of a direct sum from `of` its parts, one part at a time; `of` is a method of the base."""
+    out: Tensor | None = None
     for where, part in parts:
         inside = (index >= where.start) & (index < where.stop)
         here = inside.any(1)
         if bool(here.any()):
             mine = inside[here]
-            found = part.blocks(torch.where(mine, index[here] - where.start, -1))
-            out[here] += found * (mine[:, :, None] & mine[:, None, :])
+            found = getattr(part, of.__name__)(torch.where(mine, index[here] - where.start, -1))
+            if bool((inside | (index < 0)).all()):
+                return found
+            out = found.new_zeros(*index.shape, index.shape[1]) if out is None else out
+            out = out.to(torch.promote_types(out.dtype, found.dtype))
+            out[here] += found.to(out) * (mine[:, :, None] & mine[:, None, :])
+    assert out is not None  # the parts cover all coordinates
     return padded(out, index)
 
 
@@ -443,16 +482,3 @@ def _decoupled(where: Tensor, blocks: Tensor, scale: Tensor | None = None) -> Te
     clean = blocks.masked_fill(where[:, :, None] | where[:, None, :], 0.0)
     clean.diagonal(dim1=1, dim2=2).add_(where * scale)
     return clean
-
-
-def _cholesky(blocks: Tensor) -> Tensor:
-    factor, failed = torch.linalg.cholesky_ex(blocks)
-    pivots = factor.diagonal(dim1=1, dim2=2).square()
-    bad = (failed > 0) | ~(pivots.amin(1) > RELATIVE_PIVOT * pivots.amax(1))
-    if bool(bad.any()):
-        pivot = max(RELATIVE_PIVOT, blocks.shape[1] * torch.finfo(blocks.dtype).eps)
-        raise CurvatureError(
-            f"{int(bad.sum())} of {len(blocks)} curvature blocks are not positive definite to working precision; "
-            + missing_damping(blocks[bad], pivot)
-        )
-    return factor

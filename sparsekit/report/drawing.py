@@ -146,15 +146,20 @@ def draw(
             axes.set_visible(False)
         for i, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False)):
             panel.draw(axes, known)
-            axes.set_title(panel.title)
+            axes.set_title(literal(panel.title))
             axes.tick_params(labelbottom=i + wide >= len(panels), labelleft=i % wide == 0)
             axes.set_xlabel(axes.get_xlabel() if i + wide >= len(panels) else "")
             axes.set_ylabel(axes.get_ylabel() if i % wide == 0 else "")
-        handles = [grid.flat[0].plot([], [], label=label, **known[label].line())[0] for label in shown]
+        handles = [grid.flat[0].plot([], [], label=literal(label), **known[label].line())[0] for label in shown]
         canvas.legend(handles=handles, loc="outside lower center", ncols=min(fitting, max(len(shown), 1)))
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", metadata={"Date": None})
     return Figure(name, title, caption, _embedded(buffer.getvalue(), name, title, caption))
+
+
+def literal(text: str) -> str:
+    """Text that matplotlib draws as it stands: a dollar sign in a name begins no formula."""
+    return text.replace("$", r"\$")
 
 
 def _embedded(svg: str, name: str, title: str, caption: str) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 from matplotlib.axes import Axes
 
 from sparsekit.records import RunRecord, StepRecord
-from sparsekit.report.drawing import MOST, Figure, Panel, Styles, draw, sparsity_axis, styles
+from sparsekit.report.drawing import MOST, Figure, Panel, Styles, draw, literal, sparsity_axis, styles
 from sparsekit.report.ledger import seconds
 from sparsekit.report.spread import Metric, Spread, percent
 from sparsekit.report.summary import Phase, Point, TaskSummary
@@ -65,7 +65,7 @@ def _dense(task: TaskSummary, axes: Axes) -> None:
 
 
 def _value_axis(task: TaskSummary, axes: Axes) -> None:
-    axes.set_ylabel(_axis(task.metric))
+    axes.set_ylabel(literal(_axis(task.metric)))
     if not task.metric.is_accuracy:
         axes.set_yscale("log")  # a ruined network's loss is many times the dense one's
 
@@ -198,7 +198,7 @@ def layers(task: TaskSummary, name: str) -> Figure | None:
     def body(labels: Sequence[str], axes: Axes, known: Styles) -> None:
         for label in labels:
             axes.plot([100 * drawn[label].get(n, 0.0) for n in names], **known[label].line())
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axes.set_xticks(range(len(names)), [literal(n) for n in names], rotation=90, fontsize=7)
         axes.set(ylabel="sparsity of the layer in %", xlabel="weight, in the network's order")
 
     labels = list(drawn)

@@ -70,10 +70,16 @@ def _render(template: str, content: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=None if template.endswith(".html.j2") else _markdown,
     )
     environment.filters["drawing"] = lambda figure: Markup(figure.svg)  # our own, its words escaped there
     environment.filters["cell"] = _markdown_cell
     return environment.get_template(template).render(content)
+
+
+def _markdown(value: object) -> object:
+    """Text without raw HTML; what a macro has made passes through here again and stays as it is."""
+    return value.replace("<", "&lt;") if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _markdown_cell(text: str) -> str:

@@ -177,14 +177,15 @@ def check_removed_stays_removed(case: Case) -> None:
 
 
 def check_semi_structured_removal(case: Case) -> None:
-    """Under 2:4 exactly two weights of each whole group of four stay."""
+    """Under 2:4 exactly two weights of each whole group of four inputs of an output, at a place of the kernel, stay."""
     objective = case.objective()
     inverse, space = case.updated(objective).inverse(), objective.space
     weights, mask = space.read(objective.model), Mask.full(space.size)
     chosen = _choose(inverse, weights, mask, NM(NMSettings(n=2, m=4)), 0.5, space)
     after = space.unflatten(weights + inverse.remove(weights, mask, chosen).delta)
     for name, tensor in after.items():
-        for row in tensor.reshape(len(tensor), -1):
+        by_output = tensor.reshape(*tensor.shape[:2], -1) if tensor.dim() > 1 else tensor[:, None, None]
+        for row in by_output.mT.flatten(0, 1):
             for group in row.split(4):
                 kept, wanted = int((group != 0).sum()), 2 if len(group) == 4 else len(group)
                 if kept != wanted:

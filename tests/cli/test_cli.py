@@ -2,6 +2,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from sparsekit.models import DigitsNet
+from sparsekit.registry import PluginInfo
 
 FAST = [
     "--set",
@@ -99,6 +101,11 @@ def test_a_dry_run_writes_nothing(cli, tmp_path):
     assert code == 0
     assert "linear1.bias" in out and "skipped" in out and "MiB" in out
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_says_that_it_does_not_know_what_is_unused(cli):
+    _, out, _ = cli("run", "--dry-run")
+    assert "What no gradient reaches is found in the run" in " ".join(out.split())
 
 
 def test_a_dry_run_as_json_shows_resolved_settings(cli):
@@ -194,3 +201,37 @@ def test_python_dash_m(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("sparsekit", run_name="__main__")
     assert (stop.value.code or 0, capsys.readouterr().out.split()[0]) == (0, "sparsekit")
+
+
+NAMES = ["a[/b]", "[red]", "[/]", ":smile:"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_is_printed_as_it_is_named(cli, tmp_path, name):
+    code, out, err = cli("run", "--dry-run", "--output", str(tmp_path / name), output=False)
+    assert (code, err) == (0, "")
+    assert f"/{name}" in out
+
+
+def test_a_record_is_found_where_a_folder_looks_like_markup(cli, tmp_path):
+    args = (
+        "--estimator",
+        "identity",
+        "--no-tracking",
+        "--set",
+        "finetune.epochs=0",
+        "--output",
+        str(tmp_path / "a[/b]"),
+    )
+    code, out, _ = cli("run", *args, output=False)
+    assert code == 0
+    assert f"Record: {tmp_path}/a[/b]/" in out
+
+
+def test_the_table_of_plugins_shows_a_message_as_it_stands(cli, monkeypatch):
+    found = PluginInfo("[/b]", "[/i]", "1", {"task": ["[/t]"]}, RuntimeError("[/red]"))
+    registry = SimpleNamespace(plugins=[found])
+    monkeypatch.setattr(sys.modules["sparsekit.cli.plugins"], "load_registry", lambda: registry)
+    code, out, _ = cli("plugins", output=False)
+    assert code == 0
+    assert all(text in out for text in ("[/b]", "[/i]", "task: [/t]", "RuntimeError: [/red]"))

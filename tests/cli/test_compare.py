@@ -91,3 +91,19 @@ def test_a_file_that_is_not_there_is_said(cli):
     code, _, err = cli("compare", "nowhere.yaml")
     assert code == 2
     assert "the configuration file 'nowhere.yaml' cannot be read" in err
+
+
+NAMED = """
+name: c
+run: {task: digits, schedule: one-shot, sparsity: [0.5], finetune: {epochs: 0}, estimator: {examples: 64}}
+axes: {"[/a]": {"[/b]": {split: tuning}, "[red]": {split: reporting}}}
+methods: {"$x_{$ [/m]": {estimator: identity, saliency: magnitude, compensation: none}}
+seeds: [0]
+"""
+
+
+def test_names_that_look_like_markup_or_a_formula_are_printed_and_drawn_as_they_stand(compare):
+    code, out, err = compare("--no-tracking", text=NAMED)
+    assert code == 0
+    assert "2 of 2 runs are finished." in out
+    assert all(name in err for name in ("[/a]", "[/b]", "[red]", "$x_{$ [/m]"))

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -192,6 +194,63 @@ def test_short_groups_are_padded_with_the_identity(operator):
     assert_close(found[0, :2, :2], matrix[[1, 3]][:, [1, 3]])
     assert_close(found[1, 0, 0], matrix[2, 2])
     assert_close(found[:, 2], torch.eye(3, dtype=torch.float64)[2].expand(2, 3))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_blocks_of_the_precision_are_principal_blocks(operator, padded):
+    H = torch.linalg.inv(dense(operator))
+    index = torch.stack([torch.arange(operator.size)[start : start + 3] for start in range(operator.size - 2)])
+    pad = torch.full((len(index), 1), -1)
+    found = operator.inverse_blocks(torch.cat([index, pad], 1) if padded else index)
+    truth = torch.stack([H[group][:, group] for group in index])
+    assert_close(found[:, :3, :3], truth)
+    assert_close(operator.conditioned_blocks(index), torch.linalg.inv(truth))
+    if padded:
+        assert_close(found[:, 3], torch.tensor([0.0, 0.0, 0.0, 1.0]).to(found).expand(len(index), -1))
+        both = operator.conditioned_blocks(torch.cat([index, pad], 1))
+        assert_close(both[:, :3, :3], torch.linalg.inv(truth))
+        assert_close(both[:, 3], found[:, 3])
+
+
+ROWS = {
+    "kronecker": (kronecker, 4),
+    "kronecker, oblique": (lambda: kronecker(False), 4),
+    "kronecker, three modes in groups": (tensor, 12),
+    "kronecker, outer diagonal": (lambda: tensor(outer=True), 12),
+    "kronecker, first mode the identity": (lambda: tensor((False, True, True)), 12),
+    "kronecker, second mode the identity": (lambda: tensor((True, False, True)), 12),
+    "kronecker, other modes the identity": (lambda: tensor((True, False, False), outer=True), 12),
+    "rescaled": (lambda: Rescaled(kronecker(), draw(12, seed=5).abs() + 0.5), 4),
+    "direct sum": (lambda: DirectSum([kronecker(), kronecker(False)]), 4),
+    "repeated block": (repeated, 3),
+    "low rank": (low_rank, 3),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_whole_rows_are_conditioned_as_their_blocks_of_the_precision_say(case):
+    make, width = ROWS[case]
+    operator = make()
+    H = torch.linalg.inv(dense(operator))
+    index = torch.arange(operator.size).view(-1, width)
+    for some in (index, index[1:], index[:1], index.flip(0)):
+        truth = torch.stack([torch.linalg.inv(H[row][:, row]) for row in some])
+        assert_close(operator.conditioned_blocks(some), truth)
+
+
+def test_rows_are_conditioned_in_double_precision_where_single_would_not_do():
+    factors = [torch.linalg.qr(draw(1, d, d, seed=d)).Q.float() for d in (3, 8)]
+    for spread, kind in ((1e2, torch.float32), (1e7, torch.float64)):
+        q = torch.logspace(0, math.log10(spread), 8).repeat(1, 3, 1)
+        operator = KroneckerDiagonal(factors, q, orthogonal=True)
+        assert operator.conditioned_blocks(torch.arange(24).view(3, 8)).dtype == kind
+
+
+def test_blocks_of_a_precision_known_by_solves_are_refused_where_there_are_too_many():
+    n = 20_001
+    operator = Principal(Diagonal(torch.ones(n)), torch.ones(n, dtype=torch.bool))
+    with pytest.raises(CurvatureError, match=r"a solve for each of its 20,001 coordinates.*20,000 at most; use"):
+        operator.inverse_blocks(torch.tensor([[0, 1]]))
 
 
 def test_stretches_do_not_couple(operator):

@@ -11,10 +11,13 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.text import Text
 
+from sparsekit import checksums
 from sparsekit.compare.plan import RUNS
 from sparsekit.errors import RecordError
 from sparsekit.report import write_report
+from sparsekit.report.drawing import literal
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -167,6 +170,7 @@ def test_another_execution_gives_the_same_csv(comparison, folder, tmp_path):
         record = json.loads(path.read_text())
         record |= {"started": "2027-01-01T00:00:00+00:00", "peak_memory_bytes": 1}
         record["seconds"] = {name: 2 * value for name, value in record["seconds"].items()}
+        record.pop(checksums.KEY)
         path.write_text(json.dumps(record))
     second = write_report(again).parent
     assert (second / "results.csv").read_bytes() == (folder / "results.csv").read_bytes()
@@ -238,6 +242,40 @@ def test_a_comparison_without_a_reference(desk, axes_of):
     desk.point(axes_of("fishleg"), 0.9, 0.8, 0.7)
     desk.plan = {"reference": None}
     assert "the comparison names no reference" in write_report(desk.done()).read_text()
+
+
+@pytest.fixture
+def named(desk, axes_of):
+    """CHANGES of the axes -> the folder of a report on a comparison with them."""
+
+    def write(**axes):
+        desk.point(axes_of(**{"method": "magnitude", **axes}), 0.9, 0.8)
+        return write_report(desk.done()).parent
+
+    return write
+
+
+@pytest.mark.parametrize("method", ["$x_{$", "$$", "\\$x_{$", "a$b", "_hidden", "[/b]", "{{ 1 / 0 }}", "{% endraw"])
+def test_a_name_is_drawn_as_it_stands(named, method):
+    assert "<svg" in (named(method=method) / "report.html").read_text()
+
+
+def test_a_formula_in_a_layers_name_is_drawn_as_it_stands(desk, axes_of, level_record, run_record):
+    level = level_record(0.9, 0.9, layer_sparsity={"$x_{$": 0.5})
+    axes = axes_of("magnitude")
+    desk.run(axes, 0, run_record(axes, 0, [level]))
+    assert "Layer-wise" in (write_report(desk.done()).parent / "report.html").read_text()
+
+
+def test_markdown_has_no_raw_html_of_a_name(named):
+    text = (named(method="<script>x</script>") / "report.md").read_text()
+    assert "<script>" not in text
+    assert "&lt;script>" in text
+
+
+def test_what_is_drawn_of_a_dollar_is_a_dollar():
+    text = Text(0, 0, literal(r"\$a$"))
+    assert text._preprocess_math(text.get_text()) == (r"\$a$", False)
 
 
 def test_a_directory_that_is_no_comparison(tmp_path):

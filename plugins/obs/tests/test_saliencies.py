@@ -5,9 +5,9 @@ import torch
 from torch.testing import assert_close
 
 from sparsekit import CurvatureError, InverseFisher, Mask, ParameterSpace, ScoreContext, SettingsError
-from sparsekit.linalg import BlockDiagonal, DiagonalPlusLowRank, KroneckerDiagonal, LinearOperator
+from sparsekit.linalg import BlockDiagonal, DiagonalPlusLowRank, KroneckerDiagonal, LinearOperator, eliminate
 from sparsekit.patterns import NM, Block
-from sparsekit_obs.saliencies import GreedySurgeon, GroupSurgeon, cheapest, eliminate
+from sparsekit_obs.saliencies import GreedySurgeon, GroupSurgeon, cheapest
 
 
 def draw(*shape, seed=0):

@@ -36,7 +36,9 @@ _REMEDY = "give more estimator.examples, lower estimator.batch_size, or set esti
 class FishLegSettings(EstimatorSettings):
     """Settings of `fishleg`."""
 
-    examples: int = Field(1024, ge=2, description="calibration examples for each estimate")
+    examples: int = Field(
+        1024, ge=2, description="calibration examples for each estimate; by default as many as there are, at most 1024"
+    )
     structure: Structure = Field(
         "eigenbasis",
         description="eigenbasis: two factors with an inner diagonal; kronecker: two factors; outer: those with an "

@@ -11,16 +11,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit import CurvatureError, Saliency, ScoreContext, Settings, SettingsError
+from sparsekit import Saliency, ScoreContext, Settings, SettingsError
+from sparsekit.linalg import check_pivots, eliminate
 
 #: Subsets of a group beyond which the cheapest is found greedily.
 MOST_SUBSETS = 128
 
 #: Bytes of blocks that are worked on at a time.
 SLICE_BYTES = 1 << 28
-
-#: Weights taken before the rest of a block is updated: by then in one matrix product, not in as many passes over it.
-PANEL = 32
 
 
 class GreedySettings(Settings):
@@ -69,57 +67,6 @@ def _pieces(stretches: Sequence[int], longest: int, device: torch.device) -> Ite
             yield some[:, None] + torch.arange(length, device=device)
 
 
-def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
-    """Greedy Optimal Brain Surgeon in every block at once: a Cholesky factorisation of Σ, pivoted by cost.
-
-    Args:
-        sigma: (m, B, B), Σ in each block, float64.
-        weights: (m, B), zero where they are gone.
-        kept: (m, B) bool; those that are gone are eliminated first, at no cost.
-
-    Returns:
-        (m, B): the cost ½ w_i²/Σ_ii of each weight when it was taken, increasing in the order of the taking.
-
-    Raises:
-        CurvatureError: a pivot Σ_ii is not positive when its weight is taken.
-    """
-    weights = weights.clone()
-    costs, left = torch.zeros_like(weights), torch.ones_like(kept)
-    reached, no_bound = torch.zeros_like(weights[:, 0]), weights.new_tensor(torch.inf)
-    block, count = torch.arange(len(sigma), device=sigma.device), weights.shape[1]
-    place = torch.arange(count, device=sigma.device).expand(len(sigma), -1)  # where what is worked on came from
-    smallest = torch.ones_like(reached)
-    for first in range(0, count, PANEL):
-        panel = min(PANEL, count - first)
-        diagonal = sigma.diagonal(dim1=1, dim2=2).clone()
-        factor = sigma.new_empty(len(sigma), panel, weights.shape[1])  # Σ now is `sigma` − factorᵀ factor
-        for k in range(panel):
-            cost = weights.square() / (2 * diagonal)
-            cost = torch.where(left, torch.where(kept, cost, -1.0), torch.inf)
-            least, i = cost.min(1)
-            reached = torch.maximum(torch.nextafter(reached, no_bound), least)  # a later one never before an earlier
-            costs[block, place[block, i]] = reached
-            row, known = sigma[block, i][:, None], factor[:, :k]
-            row = torch.baddbmm(row, known[block, :, i][:, None], known, alpha=-1)[:, 0]
-            pivot = row[block, i]
-            # NaN stays; where no cost is finite, what is taken already would be taken again
-            least_pivot = torch.where(left[block, i], torch.minimum(pivot, diagonal[block, i]), -1.0)
-            smallest = torch.minimum(smallest, least_pivot)
-            weights -= (weights[block, i] / pivot)[:, None] * row
-            factor[:, k] = row * pivot.rsqrt()[:, None]
-            diagonal -= factor[:, k].square()
-            left[block, i] = False
-            diagonal[block, i] = 1.0  # what is taken must not divide by zero
-        _check_pivots(smallest)
-        if first + panel < count:  # as many of each block are left: the rest is worked on by itself
-            rest = left.nonzero()[:, 1].view(len(left), -1)
-            factor = factor.gather(2, rest[:, None].expand(-1, panel, -1))
-            sigma = sigma[block[:, None, None], rest[:, :, None], rest[:, None, :]]
-            sigma.baddbmm_(factor.mT, factor, alpha=-1)
-            weights, kept, left, place = (x.gather(1, rest) for x in (weights, kept, left, place))
-    return costs
-
-
 class GroupSurgeon(Saliency):
     """Scores for patterns that decide on groups: ½ w_Tᵀ (Σ_TT)⁻¹ w_T, the cost of a set T while the others move.
 
@@ -165,7 +112,7 @@ def cheapest(sigma: Tensor, weights: Tensor, kept: Tensor, count: int) -> tuple[
     """
     width = weights.shape[1]
     if comb(width, count) > MOST_SUBSETS:
-        order = torch.where(kept, eliminate(sigma, weights, kept), -1.0).argsort(dim=1, stable=True)
+        order = torch.where(kept, eliminate(sigma.clone(), weights, kept), -1.0).argsort(dim=1, stable=True)
         return _cost(sigma, weights, order[:, :count]), order[:, :count]
     best = torch.full_like(weights[:, 0], torch.inf)
     members = torch.zeros(len(weights), count, dtype=torch.long, device=weights.device)
@@ -184,14 +131,5 @@ def _cost(sigma: Tensor, weights: Tensor, members: Tensor) -> Tensor:
     inner = sigma[block, members[:, :, None], members[:, None, :]]
     factor, failed = torch.linalg.cholesky_ex(inner)
     pivots = factor.diagonal(dim1=1, dim2=2).amin(1)
-    _check_pivots(torch.where(failed == 0, pivots, -1.0))
+    check_pivots(torch.where(failed == 0, pivots, -1.0))
     return 0.5 * torch.linalg.solve_triangular(factor, w[:, :, None], upper=False).square().sum((1, 2))
-
-
-def _check_pivots(smallest: Tensor) -> None:
-    """Refuse blocks (m,) whose smallest pivot is not positive: a cost divided by it would rank first, or be NaN."""
-    if not bool((smallest > 0).all()):
-        raise CurvatureError(
-            f"{int((~(smallest > 0)).sum())} of {len(smallest)} blocks of the inverse Fisher are not positive definite "
-            "when their weights are removed one after another; raise the damping"
-        )

@@ -28,6 +28,7 @@ class WoodTaylor(Saliency):
     """
 
     name: ClassVar[str] = "woodtaylor"
+    takes_gradient: ClassVar[bool] = True
     Settings: ClassVar[type[Settings]] = WoodTaylorSettings
 
     def score(self, context: ScoreContext) -> Tensor:
