@@ -518,3 +518,11 @@ def test_a_lock_that_cannot_be_made_is_a_record_error(tmp_path):
     lock = RunDirectory.of(tmp_path / "runs", "digits", "obs", "0" * 64).lock()
     with pytest.raises(RecordError, match="cannot lock"), lock:
         pass
+
+
+def test_what_a_killed_process_was_writing_is_swept(run):
+    run.path.mkdir(parents=True, exist_ok=True)
+    stray = run.path / ".record.json.12345678.tmp"
+    stray.write_bytes(b"half")
+    with run.lock():
+        assert not stray.exists()

@@ -142,6 +142,7 @@ class RayExecutor(Executor):
 
     def __init__(self, threads: int, memory: int, gpus: int = 0, address: str | None = None) -> None:
         try:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # an offline tool sends no telemetry
             import ray
         except ImportError:
             raise SettingsError("--executor ray needs Ray: pip install 'sparsekit[ray]'") from None

@@ -16,7 +16,7 @@ from matplotlib.text import Text
 from sparsekit import checksums
 from sparsekit.compare.plan import RUNS
 from sparsekit.errors import RecordError
-from sparsekit.report import write_report
+from sparsekit.report import export, write_report
 from sparsekit.report.drawing import literal
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -309,3 +309,8 @@ def test_a_browser_draws_every_figure_and_complains_of_nothing(page, tmp_path, w
     assert {name for name, _, _ in sizes} == set(drawings(page))
     assert all(wide > 300 and tall > 100 for _, wide, tall in sizes)
     assert int(values["data-wide"]) <= width  # what is wider than the page scrolls in its own box
+
+
+def test_a_name_is_no_formula_in_a_spreadsheet():
+    rows = [["=cmd()", "@x", "-1 pruned", -0.5, "plain"]]
+    assert export._csv(["a"], rows).splitlines()[1] == "'=cmd(),'@x,'-1 pruned,-0.5,plain"
