@@ -10,7 +10,7 @@ from math import inf
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 
 from sparsekit.curvature.vectors import FisherKind
@@ -18,6 +18,7 @@ from sparsekit.errors import CurvatureError, SettingsError
 from sparsekit.likelihoods import Likelihood
 from sparsekit.objective import Batch, Mean, Objective, as_found, pairs
 from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.plain_values import as_number
 from sparsekit.removal import Compensation, InverseFisher
 
 #: Raised whenever a change here would break plugins; part of every run's identity.
@@ -27,9 +28,14 @@ Split = Literal["train", "tuning", "reporting"]
 
 
 class Settings(BaseModel):
-    """Frozen data; unknown keys are refused, and numbers that are not finite."""
+    """Frozen data; unknown keys are refused, numbers that are not finite, and true or false for a number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, given: Any, info: ValidationInfo) -> Any:
+        return as_number(cls.model_fields[str(info.field_name)].annotation, given)
 
 
 class EstimatorSettings(Settings):

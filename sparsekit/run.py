@@ -51,13 +51,13 @@ def find_device(asked: str) -> torch.device:
     """
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(asked)
-    if device.type == "cuda":
+    kind, _, number = asked.partition(":")
+    if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
+        if int(number or 0) >= count:  # before torch sees it, which takes no number above 127
             found = f"{count} CUDA devices" if count else "no CUDA device"
             raise SettingsError(f"device '{asked}' was asked for; torch finds {found} here. Use --device cpu or auto")
-    return device
+    return torch.device(asked)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from sparsekit.errors import SettingsError
 from sparsekit.interfaces import Schedule
+
+#: In one run: each is listed, checkpointed and recorded.
+MOST_CUTS = 100_000
 
 
 class OneShot(Schedule):
@@ -71,6 +75,19 @@ class Step:
     finetune: bool
     level: int
     completes_level: bool
+
+
+def check_cuts(levels: int, steps: int, substeps: int) -> None:
+    """Refuse a plan that nobody could follow.
+
+    Raises:
+        SettingsError: with the number of cuts.
+    """
+    if levels * steps * substeps > MOST_CUTS:
+        raise SettingsError(
+            f"{levels} levels × {steps:,} steps × {substeps:,} substeps are {levels * steps * substeps:,} cuts; at "
+            f"most {MOST_CUTS:,} can be made in one run: set fewer steps or substeps"
+        )
 
 
 def plan(

@@ -8,10 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
+from urllib.parse import urlsplit
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from sparsekit import yaml_reading
 from sparsekit.addresses import redacted
 from sparsekit.errors import SettingsError
 from sparsekit.interfaces import (
@@ -22,7 +23,9 @@ from sparsekit.interfaces import (
     Settings,
     Split,
 )
+from sparsekit.plain_values import shown, unwritable
 from sparsekit.registry import Registry
+from sparsekit.schedules import check_cuts
 
 Sparsity = Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights removed, in [0, 1)")]
 
@@ -43,7 +46,28 @@ class TrackingSettings(Settings):
         None,
         description="MLflow's address; default $MLFLOW_TRACKING_URI, else a SQLite file under the output",
     )
-    experiment: str = Field("sparsekit", min_length=1, description="MLflow experiment")
+    experiment: str = Field("sparsekit", min_length=1, max_length=250, description="MLflow experiment")
+
+    @field_validator("uri")
+    @classmethod
+    def _an_address(cls, given: str | None) -> str | None:
+        if given is not None and (fault := fault_of(given)) is not None:
+            raise ValueError(fault)
+        return given
+
+
+def fault_of(address: str) -> str | None:
+    """Why nothing can be reached at an address of the web; None: it can be tried. Others' schemes are not judged."""
+    if not address.lower().startswith(("http:", "https:")):
+        return None
+    if any(c.isspace() or not c.isprintable() for c in address):
+        return "an address without spaces was needed, such as http://localhost:5000"
+    try:
+        parts = urlsplit(address)
+        whole = bool(parts.hostname) and (parts.port is None or parts.port >= 0)
+    except ValueError as error:
+        return f"it is no address ({error}); one such as http://localhost:5000 was needed"
+    return None if whole else "an address with a host was needed, such as http://localhost:5000"
 
 
 class RunSettings(Settings):
@@ -70,7 +94,7 @@ class RunSettings(Settings):
     finetune: dict[str, Any] = Field({}, description="masked training after each step; default the task's")
     split: Split = Field("reporting", description="examples that metrics are measured on; tune on 'tuning'")
     seed: int = Field(0, ge=0, description="of calibration examples, sampled labels and fine-tuning order")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$", description="auto, cpu, cuda or cuda:N")
     include: tuple[str, ...] | None = Field(None, description="shell patterns of parameter names to prune")
     exclude: tuple[str, ...] = Field((), description="shell patterns of parameter names to leave alone")
     output: str = Field("runs", description="folder of the runs' directories")
@@ -183,6 +207,7 @@ def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
             "none; set finetune.epochs, or leave refine_every out"
         )
     sparsity = tuple(sorted(set(settings.sparsity or task.sparsity)))
+    check_cuts(len(sparsity), settings.steps, settings.substeps)
     one_cut = classes["schedule"].name == "one-shot" and settings.substeps == 1 and recipe.epochs == 0
     independent = one_cut if settings.levels == "auto" else settings.levels == "independent"
     return ResolvedRun(settings, classes, options, recipe, sparsity, independent)
@@ -225,6 +250,10 @@ def _over_preset(raw: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
 
 def validated(model: type[T], raw: Mapping[str, Any], where: str) -> T:
     """`model` from raw values, with errors as one sentence each."""
+    if (text := unwritable(raw)) is not None:
+        raise SettingsError(
+            f"{shown(text)} holds a character that no file can hold (NUL, or half of a pair); leave it out"
+        )
     try:
         return model.model_validate(dict(raw))
     except ValidationError as error:
@@ -245,7 +274,7 @@ def _sentence(model: type[BaseModel], item: Any, where: str) -> str:
     if item["type"] == "model_type":
         word = f", or one word for its '{SHORTHAND[path]}'" if path in SHORTHAND else ""
         message = f"a mapping of settings is needed{word}"
-    return f"{path} = {item['input']!r} is not valid: {message[0].lower()}{message[1:]}"
+    return f"{path} = {shown(item['input'])} is not valid: {message[0].lower()}{message[1:]}"
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[str]) -> Mapping[str, Any]:
@@ -261,17 +290,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """A YAML file of settings.
 
     Raises:
-        SettingsError: missing, unreadable, or not a mapping.
+        SettingsError: missing, unreadable, too large, or not a mapping.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise SettingsError(f"the configuration file '{path}' cannot be read: {reason}") from None
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"the configuration file '{path}' is not YAML: {' '.join(str(error).split())}") from None
+    data = yaml_reading.read(path)
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -300,12 +321,12 @@ def parse_assignment(text: str) -> dict[str, Any]:
     """`estimator.damping=1e-3` -> {"estimator": {"damping": 0.001}}; values are YAML."""
     path, equals, value = text.partition("=")
     keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise SettingsError(f"--set needs KEY=VALUE such as estimator.damping=1e-3; '{text}' was given")
+    if not equals or not all(keys) or len(keys) > yaml_reading.MOST_LEVELS:
+        raise SettingsError(f"--set needs KEY=VALUE such as estimator.damping=1e-3; {shown(text)} was given")
     try:
-        parsed: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise SettingsError(f"the value in --set {text} is not YAML") from None
+        parsed: Any = yaml_reading.parse(value)
+    except ValueError as error:
+        raise SettingsError(f"the value in --set {shown(text)} is not YAML that can be used: {error}") from None
     if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as text
         with suppress(ValueError):
             parsed = float(parsed)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -12,6 +13,7 @@ from pydantic import Field, model_validator
 from sparsekit.errors import SettingsError, SparsekitError
 from sparsekit.estimators import Identity
 from sparsekit.interfaces import Settings
+from sparsekit.plain_values import shown
 from sparsekit.registry import Registry
 from sparsekit.settings import (
     COMPONENTS,
@@ -27,6 +29,12 @@ from sparsekit.settings import (
 #: What every point says of itself.
 RESERVED = ("task", "method", "compensation", "reconstruction", "pattern", "schedule")
 
+#: Characters of a comparison's, a method's or an axis' name: they head columns and name files.
+LONGEST_NAME = 100
+
+#: In one comparison: each is a directory.
+MOST_RUNS = 10_000
+
 #: What a worker needs beside its estimator: interpreter, torch, data and activations.
 WORKER_BYTES = 1 << 30
 
@@ -34,13 +42,15 @@ WORKER_BYTES = 1 << 30
 class TuningSettings(Settings):
     """The same search for every method: damping, in units of the mean of diag F, on the tuning half."""
 
-    trials: int = Field(8, ge=2, description="for each method and each value of the axes in `over`")
+    trials: int = Field(8, ge=2, le=1000, description="for each method and each value of the axes in `over`")
     low: float = Field(1e-3, gt=0, description="least damping tried, relative to the mean of diag F")
     high: float = Field(10.0, gt=0, description="largest")
     sampler: str = Field("grid", pattern="^(grid|tpe)$", description="grid: evenly in the logarithm; tpe: optuna's")
     over: tuple[str, ...] = Field(("compensation",), description="axes each value of which is tuned for itself")
     sparsity: tuple[Sparsity, ...] = Field((), description="levels whose mean result is maximised; default all")
-    seed: int = Field(1000, ge=0, description="of calibration examples and the search; none of the comparison's")
+    seed: int = Field(
+        1000, ge=0, lt=2**32, description="of calibration examples and the search; none of the comparison's"
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> TuningSettings:
@@ -52,7 +62,11 @@ class TuningSettings(Settings):
 class ComparisonSettings(Settings):
     """A comparison: methods × axes × seeds, all over the same `run`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the comparison; names its folder")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=LONGEST_NAME,
+        description="of the comparison; names its folder",
+    )
     run: dict[str, Any] = Field({}, description="settings of a run that all share")
     methods: dict[str, dict[str, Any]] = Field(
         min_length=1, description="name -> settings of a run over those; an axis that a method sets is fixed for it"
@@ -126,6 +140,12 @@ def expand(given: ComparisonSettings, registry: Registry) -> list[Point]:
     """
     points = []
     axes = {axis: _values(axis, values) for axis, values in given.axes.items()}
+    _check_names(given.methods, axes)
+    count = prod([len(given.methods), len(given.seeds), *map(len, axes.values())])
+    if count > MOST_RUNS:
+        raise SettingsError(
+            f"the file asks for up to {count:,} runs (methods × axes × seeds); at most {MOST_RUNS:,} are a comparison"
+        )
     for axis in given.tune.over if given.tune else ():
         if axis not in (*axes, *RESERVED):
             raise SettingsError(f"tune.over names '{axis}', which is no axis; known: {', '.join([*axes, *RESERVED])}")
@@ -146,6 +166,15 @@ def expand(given: ComparisonSettings, registry: Registry) -> list[Point]:
             points.append(Point(method, chosen, settings, resolved))
     _distinct(points)
     return points
+
+
+def _check_names(methods: Iterable[str], axes: Mapping[str, Iterable[str]]) -> None:
+    for name in (*methods, *axes, *(label for labels in axes.values() for label in labels)):
+        if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+            raise SettingsError(
+                f"the name {shown(name)} of a method, an axis or a value cannot be shown; 1 to {LONGEST_NAME} "
+                "printable characters were needed: give the axis as label: settings, or another name"
+            )
 
 
 def _values(axis: str, given: Any) -> dict[str, dict[str, Any]]:

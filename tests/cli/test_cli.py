@@ -133,7 +133,7 @@ def test_a_dry_run_as_json_shows_resolved_settings(cli):
         (["--pattern", "n:m", "--sparsity", "0.9"], "2:4 removes at most 0.5"),
         (["--set", "include=[nothing.*]"], "matches no parameter"),
         (["--set", "exclude=['*']"], "no prunable parameter"),
-        (["--tracking-uri", "http://a b"], "the address of the MLflow server is not valid"),
+        (["--tracking-uri", "http://a b"], "an address without spaces was needed"),
         (["--tracking-uri", "htp://localhost"], "MLflow knows no addresses that begin with 'htp://'"),
     ],
 )
