@@ -121,7 +121,13 @@ def with_examples(resolved: ResolvedRun, task: Task) -> ResolvedRun:
     Raises:
         DataError: more were asked for than there are; with the number that would do.
     """
-    available = task.size("train")
+    available, measured = task.size("train"), resolved.settings.split
+    for split in ("train", measured):
+        if not task.size(split):
+            raise DataError(
+                f"the task '{task.name}' has no examples in its {split} split: tuning and reporting take every second "
+                "test example each, so a test set needs two at least; mend the data"
+            )
     resolved = resolved.fitted(available)
     given = resolved.options["estimator"]
     assert isinstance(given, EstimatorSettings)

@@ -13,6 +13,7 @@ from sparsekit.pruner import LayerReconstructed, StepCompleted
 from sparsekit.run import degradations, execute, load_registry
 from sparsekit.schedules import Step
 from sparsekit.settings import resolve
+from sparsekit.tasks import Digits
 from sparsekit.tracking import default_uri
 
 REGISTRY = load_registry()
@@ -241,3 +242,12 @@ def test_a_tracker_that_does_not_answer_stops_nothing_and_is_told_later(tmp_path
     for name in ("record.json", "run.yaml"):
         assert "hunter2" not in (outcome.path / name).read_text()
     assert track(outcome.path, default_uri(tmp_path / "later"), "x") == (1, 1)
+
+
+@pytest.mark.parametrize("split", ["train", "reporting"])
+def test_a_split_without_examples_is_refused_before_any_work(tmp_path, monkeypatch, split):
+    size = Digits.size
+    monkeypatch.setattr(Digits, "size", lambda self, asked: 0 if asked == split else size(self, asked))
+    with pytest.raises(DataError, match=f"no examples in its {split} split"):
+        execute(settings(tmp_path), REGISTRY)
+    assert not list(tmp_path.iterdir())

@@ -75,4 +75,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"'{path}' holds no state dict; a mapping from parameter names to tensors was needed: "
             "save model.state_dict()"
         )
-    return {str(name): tensor for name, tensor in content.items()}
+    return {str(name): _plain(tensor, str(name), path) for name, tensor in content.items()}
+
+
+def _plain(tensor: Tensor, name: str, path: Path) -> Tensor:
+    """The numbers of a tensor, however they are stored; a sparse or quantised one is written out."""
+    if tensor.is_meta:
+        raise DataError(f"the checkpoint '{path}' has no values of '{name}', a meta tensor; save the weights")
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    return tensor.to_dense() if tensor.layout != torch.strided else tensor

@@ -62,7 +62,7 @@ class Mnist(Task):
         return cached_network(self, name, RECIPE, self._files.digest("train", labels=True))
 
     def size(self, split: Split) -> int:
-        return len(self._files.images(_file(split))[part(split)])
+        return len(self._files.labels(_file(split))[part(split)])  # which are looked at as they are read
 
     def batches(
         self,

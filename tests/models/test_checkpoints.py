@@ -130,3 +130,25 @@ def test_refused_checkpoint_leaves_the_model_alone(saved, state):
     with pytest.raises(DataError, match="not finite"):
         load_checkpoint(model, saved(state))
     assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        torch.Tensor.to_sparse,
+        torch.Tensor.to_sparse_csr,
+        lambda t: t[:1, :1].expand(4, 3),
+        lambda t: torch.quantize_per_tensor(t, 1.0, 0, torch.qint8),
+    ],
+    ids=["sparse", "compressed rows", "expanded", "quantised"],
+)
+@pytest.mark.filterwarnings(
+    "ignore:Sparse CSR", "ignore:.*quantiz.*", "ignore:.*TypedStorage", "ignore:Validating sparse"
+)
+def test_however_weights_are_stored_their_numbers_are_loaded(saved, state, stored):
+    assert_loads(saved({**state, "0.weight": stored(state["0.weight"])}), state)
+
+
+def test_weights_without_values_are_refused(saved, state):
+    with pytest.raises(DataError, match="no values of '0.weight', a meta tensor"):
+        load_checkpoint(build(), saved({**state, "0.weight": state["0.weight"].to("meta")}))
