@@ -243,13 +243,17 @@ def _fitted(resolved: ResolvedRun, batches: Iterable[Batch]) -> ResolvedRun:
     """The run with as many examples as there are where nobody set a number."""
     given: Any = resolved.options["estimator"]
     how = resolved.settings.reconstruction
-    most = max(given.examples, how.examples if how.how != "none" else 0)
+    most = 0 if "examples" in resolved.settings.estimator else given.examples
+    if how.how != "none" and "examples" not in how.model_fields_set:
+        most = max(most, how.examples)
+    if not most:
+        return resolved
     count = 0
-    for _, targets in pairs(batches) if most else ():
+    for _, targets in pairs(batches):
         count += len(targets)
         if count >= most:
             break
-    return resolved.fitted(count) if most else resolved
+    return resolved.fitted(count)
 
 
 def _anchors(batches: Iterable[Batch], how: ReconstructionSettings) -> list[Batch]:
