@@ -33,20 +33,25 @@ def check(uri: str) -> None:
 
 
 def redacted(uri: str) -> str:
-    """The address as it may be written and shown: without user, password and query."""
-    return without_secrets(uri, uri)
+    """The address as it may be written and shown: without user, password, query and fragment."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator or scheme.partition("+")[0].lower() in ("sqlite", "file"):
+        return uri
+    _, at, rest = rest.rpartition("@")
+    place = re.split(r"[?#]", rest, maxsplit=1)
+    return f"{scheme}://{'***@' if at else ''}{place[0]}{'?***' if len(place) > 1 else ''}"
 
 
 def without_secrets(text: str, uri: str) -> str:
     """A text that may speak of an address, with `***` for what is secret in that."""
-    try:
-        parts = urlsplit(uri)
-    except ValueError:
+    text = text.replace(uri, redacted(uri))
+    if redacted(uri) == uri:
         return text
-    user, at, _ = parts.netloc.rpartition("@")
-    for secret in (user if at else "", parts.password or "", parts.query if parts.scheme != "sqlite" else ""):
-        if secret:
-            text = text.replace(secret, "***")
+    rest = uri.partition("://")[2]
+    user, _, place = rest.rpartition("@")
+    secrets = [user, *re.split(r"[?#]", place, maxsplit=1)[1:]]
+    for secret in secrets:  # in what libraries say of it; a short one may be any word
+        text = text.replace(secret, "***") if len(secret) > 3 else text
     return text
 
 

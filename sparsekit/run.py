@@ -471,6 +471,9 @@ class _Driver:
             return NullTracker()
         tracker = Tracker(self.uri, self.resolved.settings.tracking.experiment)
         begin(tracker, self.record, self.directory, self.tracked)
+        if self.tracked is None:  # one that did not answer before is told what has been done since
+            for step in self.record.steps:
+                tracker.metrics(step_metrics(step, self.record.parameters["prunable"]), step=step.index)
         self.tracked = tracker.run_id
         return tracker
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparsekit import tracking
 from sparsekit.compare.upload import track
 from sparsekit.errors import DataError, RecordError
 from sparsekit.interfaces import CompensationSettings
@@ -251,3 +252,14 @@ def test_a_split_without_examples_is_refused_before_any_work(tmp_path, monkeypat
     with pytest.raises(DataError, match=f"no examples in its {split} split"):
         execute(settings(tmp_path), REGISTRY)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tracker_that_answers_later_is_told_the_steps_before(tmp_path):
+    dead, alive = ({"tracking": {"uri": uri}} for uri in ("http://127.0.0.1:9", default_uri(tmp_path / "alive")))
+    with pytest.raises(KeyboardInterrupt):
+        execute(settings(tmp_path, **dead), REGISTRY, listener=interrupt_after(1))
+    outcome = execute(settings(tmp_path, **alive), REGISTRY, resume=True)
+    client = tracking._client(default_uri(tmp_path / "alive"))
+    (run,) = client.search_runs([client.get_experiment_by_name("sparsekit").experiment_id])
+    steps = client.get_metric_history(run.info.run_id, "predicted_increase")
+    assert [metric.step for metric in steps] == [step.index for step in outcome.record.steps]

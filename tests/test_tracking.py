@@ -432,6 +432,10 @@ def test_a_database_that_was_not_finished_is_in_nobodys_way(tmp_path, monkeypatc
     [
         ("http://me:hunter2@host:5000/x", "http://***@host:5000/x"),
         ("https://host/x?token=hunter2", "https://host/x?***"),
+        ("http://host/#access_token=hunter2", "http://host/?***"),
+        ("http://u:p/hunter2@h:5000/x", "http://***@h:5000/x"),
+        ("postgresql://u:pa#hunter2@h/db", "postgresql://***@h/db"),
+        ("http://u:a@host/api", "http://***@host/api"),
         ("postgresql://me:hunter2@host/db", "postgresql://***@host/db"),
         ("sqlite:////tmp/a.db", "sqlite:////tmp/a.db"),
         ("runs", "runs"),
