@@ -23,12 +23,12 @@ import torch
 from jobs import job, spread
 
 from sparsekit import Objective, ParameterSpace
-from sparsekit.interfaces import measure
-from sparsekit.provenance import peak_memory
-from sparsekit.pruner import Pruner, StepCompleted
-from sparsekit.run import load_registry
-from sparsekit.schedules import plan
-from sparsekit.settings import merge, resolve
+from sparsekit.methods.interfaces import measure
+from sparsekit.methods.schedules import plan
+from sparsekit.pruning.pruner import Pruner, StepCompleted
+from sparsekit.runs.identity import peak_memory
+from sparsekit.runs.run import load_registry
+from sparsekit.runs.settings import merge, resolve
 
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
 GRID = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 
 from sparsekit.curvature import gradient_rows
 from sparsekit.curvature.rows import FisherKind
-from sparsekit.likelihoods import Categorical
 from sparsekit.models.resnet import resnet
-from sparsekit.objective import Objective
-from sparsekit.parameters import ParameterSpace
+from sparsekit.problem.likelihoods import Categorical
+from sparsekit.problem.objective import Objective
+from sparsekit.problem.parameters import ParameterSpace
 from sparsekit_fishleg.auxiliary import AuxiliaryProblem
 from sparsekit_fishleg.estimator import FishLeg, FishLegSettings, network_product
 

@@ -27,13 +27,13 @@ import torch
 from jobs import job, spread
 
 from sparsekit import Mask, Objective, ParameterSpace
-from sparsekit.interfaces import ReconstructionSettings
-from sparsekit.provenance import peak_memory
-from sparsekit.pruner import Pruner, StepCompleted
-from sparsekit.reconstruction import Reconstruction
-from sparsekit.run import execute, load_registry
-from sparsekit.schedules import plan
-from sparsekit.settings import merge, resolve
+from sparsekit.methods.interfaces import ReconstructionSettings
+from sparsekit.methods.schedules import plan
+from sparsekit.pruning.pruner import Pruner, StepCompleted
+from sparsekit.reconstruction.fit import Reconstruction
+from sparsekit.runs.identity import peak_memory
+from sparsekit.runs.run import execute, load_registry
+from sparsekit.runs.settings import merge, resolve
 
 LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95)
 HOW = ("none", "layerwise", "fisher")

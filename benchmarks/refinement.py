@@ -18,9 +18,9 @@ from typing import Any
 
 from jobs import spread
 
-from sparsekit.records import RunRecord
-from sparsekit.run import execute, load_registry
-from sparsekit.settings import merge, resolve
+from sparsekit.runs.records import RunRecord
+from sparsekit.runs.run import execute, load_registry
+from sparsekit.runs.settings import merge, resolve
 
 STEPS = 8
 

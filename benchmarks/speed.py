@@ -26,7 +26,7 @@ from torch import Tensor
 from sparsekit import BlockFisher, BlockFisherSettings, ParameterSpace
 from sparsekit.curvature import block_moments
 from sparsekit.linalg import LinearOperator
-from sparsekit.provenance import machine
+from sparsekit.runs.identity import machine
 
 GRADIENTS = 1024
 

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from jobs import spread
 
-from sparsekit.records import RunRecord
-from sparsekit.run import execute, load_registry
-from sparsekit.settings import merge, resolve
+from sparsekit.runs.records import RunRecord
+from sparsekit.runs.run import execute, load_registry
+from sparsekit.runs.settings import merge, resolve
 
 Row = tuple[str, dict[str, Any]]
 

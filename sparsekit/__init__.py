@@ -12,9 +12,8 @@ from sparsekit.errors import (
     SettingsError,
     SparsekitError,
 )
-from sparsekit.estimators import BlockFisher, BlockFisherSettings
-from sparsekit.hookspecs import hookimpl
-from sparsekit.interfaces import (
+from sparsekit.methods.estimators import BlockFisher, BlockFisherSettings
+from sparsekit.methods.interfaces import (
     CompensationSettings,
     CurvatureEstimator,
     EstimatorSettings,
@@ -29,9 +28,10 @@ from sparsekit.interfaces import (
     Task,
     TaskSettings,
 )
-from sparsekit.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from sparsekit.objective import Objective
-from sparsekit.parameters import Mask, ParameterInfo, ParameterSpace
+from sparsekit.problem.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from sparsekit.problem.objective import Objective
+from sparsekit.problem.parameters import Mask, ParameterInfo, ParameterSpace
+from sparsekit.registry.hookspecs import hookimpl
 from sparsekit.removal import InverseFisher, Removal
 
 __all__ = [

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import DataError, DegradedWarning, SettingsError
-from sparsekit.interfaces import ReconstructionSettings, measure
-from sparsekit.likelihoods import Likelihood, Loss, as_likelihood
-from sparsekit.networks import check_kind, copied, without_autocast
-from sparsekit.objective import Batch, Objective, pairs
-from sparsekit.parameters import Mask, ParameterSpace
-from sparsekit.provenance import available_memory
-from sparsekit.pruner import Metrics, Pruner, StepCompleted
-from sparsekit.reconstruction import Reconstruction
-from sparsekit.run import degradations, load_registry
-from sparsekit.schedules import plan
-from sparsekit.settings import ResolvedRun, resolve
-from sparsekit.unused import used
+from sparsekit.methods.interfaces import ReconstructionSettings, measure
+from sparsekit.methods.schedules import plan
+from sparsekit.problem.likelihoods import Likelihood, Loss, as_likelihood
+from sparsekit.problem.networks import check_kind, copied, without_autocast
+from sparsekit.problem.objective import Batch, Objective, pairs
+from sparsekit.problem.parameters import Mask, ParameterSpace
+from sparsekit.problem.unused import used
+from sparsekit.pruning.pruner import Metrics, Pruner, StepCompleted
+from sparsekit.reconstruction.fit import Reconstruction
+from sparsekit.runs.identity import available_memory
+from sparsekit.runs.run import degradations, load_registry
+from sparsekit.runs.settings import ResolvedRun, resolve
 
 #: Batches of data that have no length: who gives more, gives something with one.
 MOST_BATCHES = 10_000

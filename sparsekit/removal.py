@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsekit.errors import CurvatureError, SettingsError
 from sparsekit.linalg import DirectSum, KroneckerDiagonal, LinearOperator
-from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.problem.parameters import Mask, ParameterSpace
 
 Compensation = Literal["joint", "independent", "none"]
 

@@ -4,7 +4,7 @@ from torch.testing import assert_close
 
 from sparsekit.errors import CurvatureError
 from sparsekit.linalg import BlockDiagonal, ConstrainedMinimum, Diagonal, KroneckerDiagonal
-from sparsekit.parameters import Mask
+from sparsekit.problem.parameters import Mask
 from sparsekit.removal import InverseFisher
 from sparsekit.testing import dense_removal
 

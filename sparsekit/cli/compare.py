@@ -21,9 +21,9 @@ from sparsekit.compare.spec import ComparisonSettings
 from sparsekit.compare.tuning import failed
 from sparsekit.compare.upload import Uploader
 from sparsekit.errors import SettingsError
-from sparsekit.run import find_device, load_registry
-from sparsekit.settings import merge, parse_assignment, read_config, validated
-from sparsekit.tracking import resolve_uri
+from sparsekit.runs.run import find_device, load_registry
+from sparsekit.runs.settings import merge, parse_assignment, read_config, validated
+from sparsekit.runs.tracking import resolve_uri
 
 
 def compare(

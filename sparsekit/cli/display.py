@@ -13,11 +13,11 @@ from rich.table import Table
 
 from sparsekit.cli.terminal import console as terminal
 from sparsekit.cli.terminal import marked
-from sparsekit.pruner import Event, PhaseStarted, StepCompleted
-from sparsekit.run import Outcome, Preview, planned
-from sparsekit.settings import ResolvedRun
-from sparsekit.tracking import ui_command
-from sparsekit.unused import UNUSED
+from sparsekit.problem.unused import UNUSED
+from sparsekit.pruning.pruner import Event, PhaseStarted, StepCompleted
+from sparsekit.runs.run import Outcome, Preview, planned
+from sparsekit.runs.settings import ResolvedRun
+from sparsekit.runs.tracking import ui_command
 
 
 class ProgressDisplay:

@@ -10,9 +10,9 @@ import yaml
 from rich.table import Table
 
 from sparsekit.cli.terminal import console as terminal
-from sparsekit.interfaces import Preset
-from sparsekit.registry import KINDS, Registry
-from sparsekit.run import load_registry
+from sparsekit.methods.interfaces import Preset
+from sparsekit.registry.registry import KINDS, Registry
+from sparsekit.runs.run import load_registry
 
 
 def plugins(

@@ -15,7 +15,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsekit.addresses import redacted
 from sparsekit.compare import tuning
 from sparsekit.compare.estimate import passes, seconds_of_an_example
 from sparsekit.compare.executors import Executor, WorkerDied
@@ -36,13 +35,14 @@ from sparsekit.compare.plan import (
 from sparsekit.compare.spec import WORKER_BYTES, ComparisonSettings, Point, departures, expand, warnings
 from sparsekit.compare.work import Job, do, failure_path
 from sparsekit.errors import RecordError, SparsekitError
-from sparsekit.interfaces import Task
-from sparsekit.provenance import available_memory, identity, now, plugins_used, sources
-from sparsekit.records import RunDirectory, run_key
-from sparsekit.registry import Registry
-from sparsekit.run import find_device, preview, with_examples
-from sparsekit.settings import ResolvedRun, resolve
-from sparsekit.sharing import SharedStatistics
+from sparsekit.methods.interfaces import Task
+from sparsekit.registry.registry import Registry
+from sparsekit.runs.addresses import redacted
+from sparsekit.runs.curvature_cache import SharedStatistics
+from sparsekit.runs.identity import available_memory, identity, now, plugins_used, sources
+from sparsekit.runs.records import RunDirectory, run_key
+from sparsekit.runs.run import find_device, preview, with_examples
+from sparsekit.runs.settings import ResolvedRun, resolve
 
 #: A worker that dies so often without a step done in between is not started again.
 DEATHS = 3

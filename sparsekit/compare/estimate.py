@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from sparsekit.interfaces import Task
-from sparsekit.run import find_device, planned
-from sparsekit.settings import ResolvedRun
+from sparsekit.methods.interfaces import Task
+from sparsekit.runs.run import find_device, planned
+from sparsekit.runs.settings import ResolvedRun
 
 # In units of a forward and backward pass of one example.
 _FORWARD = 1 / 3

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparsekit.errors import RecordError
-from sparsekit.records import RunDirectory, RunRecord, atomic_write
+from sparsekit.runs.records import RunDirectory, RunRecord, atomic_write
 
 #: Files and folders of a comparison's directory.
 PLAN, TUNING, RUNS, FAILURES, TRIALS = "plan.json", "tuning.json", "runs", "failures", "trials"

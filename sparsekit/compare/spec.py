@@ -11,11 +11,11 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from sparsekit.errors import SettingsError, SparsekitError
-from sparsekit.estimators import Identity
-from sparsekit.interfaces import Settings
-from sparsekit.plain_values import shown
-from sparsekit.registry import Registry
-from sparsekit.settings import (
+from sparsekit.methods.estimators import Identity
+from sparsekit.methods.interfaces import Settings
+from sparsekit.methods.plain_values import shown
+from sparsekit.registry.registry import Registry
+from sparsekit.runs.settings import (
     COMPONENTS,
     SHORTHAND,
     ResolvedRun,

@@ -12,10 +12,10 @@ from sparsekit.compare.plan import TRIALS, Trial, Tuned, Tuning
 from sparsekit.compare.spec import ComparisonSettings, Point, TuningSettings
 from sparsekit.compare.work import one
 from sparsekit.errors import RecordError, SparsekitError
-from sparsekit.records import RunDirectory, RunRecord, run_key
-from sparsekit.registry import Registry
-from sparsekit.settings import merge, resolve
-from sparsekit.sharing import SharedStatistics
+from sparsekit.registry.registry import Registry
+from sparsekit.runs.curvature_cache import SharedStatistics
+from sparsekit.runs.records import RunDirectory, RunRecord, run_key
+from sparsekit.runs.settings import merge, resolve
 
 
 @dataclass(frozen=True)

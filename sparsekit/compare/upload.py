@@ -10,9 +10,9 @@ from pathlib import Path
 
 from sparsekit.compare.plan import PLAN, Comparison
 from sparsekit.errors import RecordError
-from sparsekit.publish import publish
-from sparsekit.records import RunDirectory
-from sparsekit.tracking import Tracker, TrackingError
+from sparsekit.runs.publish import publish
+from sparsekit.runs.records import RunDirectory
+from sparsekit.runs.tracking import Tracker, TrackingError
 
 #: MLflow's tag for the run above a run.
 PARENT = "mlflow.parentRunId"

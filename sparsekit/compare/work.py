@@ -11,12 +11,12 @@ from typing import Any
 
 from sparsekit.compare.plan import FAILURES, RUNS, Failure, PlannedRun, write
 from sparsekit.errors import DamagedError, RecordError, SparsekitError
-from sparsekit.provenance import now
-from sparsekit.records import RunRecord
-from sparsekit.registry import Registry
-from sparsekit.run import execute, load_registry
-from sparsekit.settings import resolve
-from sparsekit.sharing import SharedStatistics
+from sparsekit.registry.registry import Registry
+from sparsekit.runs.curvature_cache import SharedStatistics
+from sparsekit.runs.identity import now
+from sparsekit.runs.records import RunRecord
+from sparsekit.runs.run import execute, load_registry
+from sparsekit.runs.settings import resolve
 
 
 @dataclass(frozen=True, eq=False)

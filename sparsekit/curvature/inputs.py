@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from sparsekit.curvature.rows import HookedLayer, hooked_layers, input_patches, record_uses
 from sparsekit.errors import ModelError
-from sparsekit.objective import Objective, as_found, some
-from sparsekit.parameters import ParameterSpace
+from sparsekit.problem.objective import Objective, as_found, some
+from sparsekit.problem.parameters import ParameterSpace
 
 #: Bytes of unfolded inputs that products are taken of at a time; there are up to three such copies.
 PATCH_BYTES = 1 << 24

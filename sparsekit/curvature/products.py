@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.curvature.attention import plain_attention
-from sparsekit.objective import Objective, as_found, some
+from sparsekit.problem.objective import Objective, as_found, some
 
 
 class GaussNewton:

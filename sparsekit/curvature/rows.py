@@ -15,9 +15,9 @@ from torch.nn.grad import conv2d_weight
 
 from sparsekit.curvature.vectors import FisherKind, output_vectors, refuse_rounding
 from sparsekit.errors import CurvatureError, ModelError
-from sparsekit.networks import check_examples_apart
-from sparsekit.objective import Objective, as_found
-from sparsekit.parameters import ParameterSpace
+from sparsekit.problem.networks import check_examples_apart
+from sparsekit.problem.objective import Objective, as_found
+from sparsekit.problem.parameters import ParameterSpace
 
 #: Examples at a time for parameters whose gradients come from `torch.func`.
 FUNCTIONAL_CHUNK = 16

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import CurvatureError
-from sparsekit.likelihoods import Likelihood
+from sparsekit.problem.likelihoods import Likelihood
 
 FisherKind = Literal["importance", "sampled", "exact", "empirical"]
 

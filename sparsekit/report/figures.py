@@ -8,12 +8,12 @@ from functools import partial
 
 from matplotlib.axes import Axes
 
-from sparsekit.records import RunRecord, StepRecord
 from sparsekit.report.drawing import MOST, Figure, Panel, Styles, draw, literal, sparsity_axis, styles
 from sparsekit.report.ledger import seconds
 from sparsekit.report.spread import Metric, Spread, percent
 from sparsekit.report.summary import Phase, Point, TaskSummary
 from sparsekit.report.tables import phase_name
+from sparsekit.runs.records import RunRecord, StepRecord
 
 
 def of_task(task: TaskSummary, name: str) -> list[Figure]:

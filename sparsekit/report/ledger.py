@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sparsekit.compare.plan import Tuning
-from sparsekit.records import LevelRecord, RunRecord
 from sparsekit.report.spread import Spread, percent, significant
 from sparsekit.report.summary import Point, Summary, TaskSummary, asked
 from sparsekit.report.tables import Cell, Table, named
-from sparsekit.sharing import SHARED_SECONDS
+from sparsekit.runs.curvature_cache import SHARED_SECONDS
+from sparsekit.runs.records import LevelRecord, RunRecord
 
 #: Parts of a run that have a column of seconds.
 PARTS = ("curvature", "removal", "reconstruction", "finetune", "total")

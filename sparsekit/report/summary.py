@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Literal
 
 from sparsekit.compare.plan import Comparison, PlannedRun, Tuning
-from sparsekit.records import LevelRecord, RunRecord
 from sparsekit.report.spread import Metric, Spread, percent
+from sparsekit.runs.records import LevelRecord, RunRecord
 
 Phase = Literal["pruned", "finetuned"]
 

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sparsekit.interfaces import FinetuneSettings, Split, Task, TaskSettings
-from sparsekit.likelihoods import Bernoulli
+from sparsekit.methods.interfaces import FinetuneSettings, Split, Task, TaskSettings
 from sparsekit.models import Autoencoder
-from sparsekit.objective import as_found
+from sparsekit.problem.likelihoods import Bernoulli
+from sparsekit.problem.objective import as_found
 from sparsekit.tasks.dense import Recipe, cached_network, check_checkpoint, dense_network, train
 from sparsekit.tasks.idx import MnistFiles
 from sparsekit.tasks.images import ImageBatches, MappedBatches, part

@@ -16,9 +16,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sparsekit.errors import DataError
-from sparsekit.interfaces import FinetuneSettings, Split, Task, TaskSettings
-from sparsekit.likelihoods import Categorical
+from sparsekit.methods.interfaces import FinetuneSettings, Split, Task, TaskSettings
 from sparsekit.models import resnet, resnet18
+from sparsekit.problem.likelihoods import Categorical
 from sparsekit.tasks.dense import RESIDUAL, Recipe, cached_network, check_checkpoint, dense_network, train
 from sparsekit.tasks.images import IMAGENET_MEAN, IMAGENET_STD, ImageBatches, cache_directory, into_cache, part
 

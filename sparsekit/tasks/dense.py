@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsekit.errors import DataError
-from sparsekit.interfaces import Task
+from sparsekit.methods.interfaces import Task
 from sparsekit.models import load_checkpoint
 from sparsekit.tasks.images import cache_directory, into_cache
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import DataError
-from sparsekit.finetune import finetune
-from sparsekit.interfaces import FinetuneSettings, Split, Task
-from sparsekit.likelihoods import Categorical
+from sparsekit.methods.interfaces import FinetuneSettings, Split, Task
 from sparsekit.models import DigitsNet
-from sparsekit.objective import Batch
-from sparsekit.parameters import Mask, ParameterSpace
+from sparsekit.problem.likelihoods import Categorical
+from sparsekit.problem.objective import Batch
+from sparsekit.problem.parameters import Mask, ParameterSpace
+from sparsekit.pruning.finetune import finetune
 from sparsekit.tasks.dense import check_checkpoint, dense_network
 from sparsekit.tasks.images import ImageBatches, cache_directory
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sparsekit.errors import DataError
-from sparsekit.objective import Batch
+from sparsekit.problem.objective import Batch
 from sparsekit.tasks.images import IMAGENET_MEAN, IMAGENET_STD, Order
 
 #: What a data loader is asked for: the file's number, and the seed of its augmentation where there is one.

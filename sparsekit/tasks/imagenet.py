@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import nn
 
 from sparsekit.errors import DataError
-from sparsekit.interfaces import FinetuneSettings, Split, Task, TaskSettings, measure
-from sparsekit.likelihoods import Categorical
+from sparsekit.methods.interfaces import FinetuneSettings, Split, Task, TaskSettings, measure
 from sparsekit.models import load_checkpoint
+from sparsekit.problem.likelihoods import Categorical
 from sparsekit.tasks.dense import check_checkpoint
 from sparsekit.tasks.folders import FolderBatches, Sample, file_digest
 from sparsekit.tasks.images import part

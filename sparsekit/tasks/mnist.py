@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from sparsekit.interfaces import FinetuneSettings, Split, Task, TaskSettings
-from sparsekit.likelihoods import Categorical
+from sparsekit.methods.interfaces import FinetuneSettings, Split, Task, TaskSettings
 from sparsekit.models import lenet
+from sparsekit.problem.likelihoods import Categorical
 from sparsekit.tasks.dense import Recipe, cached_network, check_checkpoint, dense_network, train
 from sparsekit.tasks.idx import File, MnistFiles
 from sparsekit.tasks.images import ImageBatches, part

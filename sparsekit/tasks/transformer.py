@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from sparsekit.interfaces import FinetuneSettings, Split
+from sparsekit.methods.interfaces import FinetuneSettings, Split
 from sparsekit.models import SequenceClassifier
 from sparsekit.tasks.dense import Recipe, train
 from sparsekit.tasks.digits import Digits

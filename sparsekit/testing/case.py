@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from sparsekit.curvature.vectors import FisherKind
-from sparsekit.interfaces import CurvatureEstimator
-from sparsekit.objective import Objective
-from sparsekit.parameters import Mask
+from sparsekit.methods.interfaces import CurvatureEstimator
+from sparsekit.problem.objective import Objective
+from sparsekit.problem.parameters import Mask
 from sparsekit.removal import InverseFisher
 from sparsekit.testing.problems import problem
 

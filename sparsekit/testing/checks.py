@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from sparsekit.errors import unknown_name
-from sparsekit.interfaces import CurvatureEstimator
+from sparsekit.methods.interfaces import CurvatureEstimator
 from sparsekit.testing import lifecycle_checks as lifecycle
 from sparsekit.testing import operator_checks as operator
 from sparsekit.testing.case import Case, Expected

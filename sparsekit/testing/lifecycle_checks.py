@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sparsekit.curvature.vectors import FisherKind
 from sparsekit.errors import CurvatureError
-from sparsekit.interfaces import CurvatureEstimator
-from sparsekit.objective import Batch, Objective
-from sparsekit.parameters import Mask
+from sparsekit.methods.interfaces import CurvatureEstimator
+from sparsekit.problem.objective import Batch, Objective
+from sparsekit.problem.parameters import Mask
 from sparsekit.testing.case import Case, Cut, assert_identical, assert_near, cuts, dense
 
 

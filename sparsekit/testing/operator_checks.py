@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparsekit.parameters import Mask, ParameterSpace
-from sparsekit.patterns import NM, NMSettings, Unstructured
+from sparsekit.methods.patterns import NM, NMSettings, Unstructured
+from sparsekit.problem.parameters import Mask, ParameterSpace
 from sparsekit.removal import Compensation, InverseFisher
 from sparsekit.testing.case import Case, assert_near, cuts, dense
 from sparsekit.testing.oracles import dense_removal

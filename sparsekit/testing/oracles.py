@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsekit.interfaces import EstimatorSettings
-from sparsekit.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from sparsekit.objective import Objective
+from sparsekit.methods.interfaces import EstimatorSettings
+from sparsekit.problem.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from sparsekit.problem.objective import Objective
 from sparsekit.removal import Compensation
 
 #: The kinds of Fisher in which nothing is drawn.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsekit.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from sparsekit.objective import Objective
-from sparsekit.parameters import ParameterSpace
+from sparsekit.problem.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from sparsekit.problem.objective import Objective
+from sparsekit.problem.parameters import ParameterSpace
 
 EXAMPLES = 11
 BATCH_SIZE = 4

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from sparsekit.models import DigitsNet
-from sparsekit.registry import PluginInfo
+from sparsekit.registry.registry import PluginInfo
 
 FAST = [
     "--set",

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsekit import records
-from sparsekit.masks import write_mask
+from sparsekit.runs import records
+from sparsekit.runs.masks import write_mask
 
 KEPT = {
     "a.weight": torch.tensor([[True, False, True], [False, False, False]]),

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from sparsekit import run
-from sparsekit.interfaces import Memory
+from sparsekit.methods.interfaces import Memory
+from sparsekit.runs import run
 
 MIB = 1 << 20
 

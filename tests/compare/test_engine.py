@@ -11,9 +11,9 @@ from sparsekit.compare.executors import Executor, WorkerDied
 from sparsekit.compare.plan import Comparison, Tuning, read
 from sparsekit.compare.spec import ComparisonSettings
 from sparsekit.errors import RecordError
-from sparsekit.run import load_registry
-from sparsekit.settings import merge, validated
-from sparsekit.sharing import SHARED_SECONDS, SharedStatistics
+from sparsekit.runs.curvature_cache import SHARED_SECONDS, SharedStatistics
+from sparsekit.runs.run import load_registry
+from sparsekit.runs.settings import merge, validated
 
 REGISTRY = load_registry()
 MAGNITUDE = {"estimator": "identity", "saliency": "magnitude", "compensation": "none"}

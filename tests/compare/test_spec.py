@@ -4,8 +4,8 @@ import pytest
 
 from sparsekit.compare.spec import ComparisonSettings, departures, expand, warnings
 from sparsekit.errors import PluginError, SettingsError
-from sparsekit.run import load_registry
-from sparsekit.settings import validated
+from sparsekit.runs.run import load_registry
+from sparsekit.runs.settings import validated
 
 REGISTRY = load_registry()
 ONE_CUT = {"task": "digits", "schedule": "one-shot", "finetune": {"epochs": 0}, "sparsity": [0.5, 0.6, 0.7, 0.8, 0.9]}

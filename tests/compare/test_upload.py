@@ -4,14 +4,14 @@ import shutil
 
 import pytest
 
-from sparsekit import tracking
 from sparsekit.compare.engine import Engine
 from sparsekit.compare.spec import ComparisonSettings
 from sparsekit.compare.upload import PARENT, Uploader, track
 from sparsekit.errors import RecordError
-from sparsekit.run import load_registry
-from sparsekit.settings import validated
-from sparsekit.tracking import TrackingError, default_uri, initialise
+from sparsekit.runs import tracking
+from sparsekit.runs.run import load_registry
+from sparsekit.runs.settings import validated
+from sparsekit.runs.tracking import TrackingError, default_uri, initialise
 
 REFUSED = "http://127.0.0.1:9"  # nothing listens on the discard port
 

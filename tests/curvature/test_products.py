@@ -5,9 +5,9 @@ from torch.testing import assert_close
 
 from sparsekit.curvature import GaussNewton
 from sparsekit.curvature.attention import plain_attention
-from sparsekit.likelihoods import Categorical
-from sparsekit.objective import Objective
-from sparsekit.parameters import ParameterSpace
+from sparsekit.problem.likelihoods import Categorical
+from sparsekit.problem.objective import Objective
+from sparsekit.problem.parameters import ParameterSpace
 from sparsekit.testing.oracles import dense_fisher
 
 

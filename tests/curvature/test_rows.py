@@ -5,9 +5,9 @@ from torch.testing import assert_close
 
 from sparsekit.curvature import GaussNewton, gradient_rows, per_example_gradients
 from sparsekit.errors import CurvatureError
-from sparsekit.likelihoods import Bernoulli, Categorical, Gaussian
-from sparsekit.objective import Objective
-from sparsekit.parameters import ParameterSpace
+from sparsekit.problem.likelihoods import Bernoulli, Categorical, Gaussian
+from sparsekit.problem.objective import Objective
+from sparsekit.problem.parameters import ParameterSpace
 from sparsekit.testing import dense_fisher
 
 

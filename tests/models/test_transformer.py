@@ -2,7 +2,7 @@ import torch
 from torch.testing import assert_close
 
 from sparsekit.models import SequenceClassifier
-from sparsekit.parameters import ParameterSpace
+from sparsekit.problem.parameters import ParameterSpace
 
 
 def small():

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from sparsekit.compare.plan import FAILURES, PLAN, TUNING, Failure, Plan, PlannedRun, Trial, Tuned, Tuning, write
-from sparsekit.records import LevelRecord, RunDirectory, RunRecord, StepRecord
+from sparsekit.runs.records import LevelRecord, RunDirectory, RunRecord, StepRecord
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 LAYERS = {"conv1.weight": 1000.0, "conv2.weight": 4000.0, "linear.weight": 5000.0, "head.weight": 500.0}

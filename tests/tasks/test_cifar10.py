@@ -15,8 +15,8 @@ from torchvision.datasets import CIFAR10
 
 from sparsekit.errors import DataError
 from sparsekit.models import resnet, resnet18
-from sparsekit.run import execute, load_registry
-from sparsekit.settings import resolve
+from sparsekit.runs.run import execute, load_registry
+from sparsekit.runs.settings import resolve
 from sparsekit.tasks import Cifar10, cifar10
 
 SHARED = Path(__file__).parents[2].parent / "shared"

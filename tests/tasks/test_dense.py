@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sparsekit.interfaces import Task, TaskSettings
-from sparsekit.likelihoods import Categorical
+from sparsekit.methods.interfaces import Task, TaskSettings
+from sparsekit.problem.likelihoods import Categorical
 from sparsekit.tasks import dense
 from sparsekit.tasks.dense import MomentumRecipe, Recipe, cached_network, dense_network, train
 

@@ -4,7 +4,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from sparsekit.errors import DataError
-from sparsekit.interfaces import FinetuneSettings
+from sparsekit.methods.interfaces import FinetuneSettings
 from sparsekit.tasks import Digits, digits
 
 # One epoch, for tests of the cache and not of the network.

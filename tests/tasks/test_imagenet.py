@@ -6,8 +6,8 @@ from torch.testing import assert_close
 from torchvision.models import ResNet18_Weights
 
 from sparsekit.errors import DataError
-from sparsekit.run import execute, load_registry
-from sparsekit.settings import resolve
+from sparsekit.runs.run import execute, load_registry
+from sparsekit.runs.settings import resolve
 from sparsekit.tasks import ImageNet, imagenet
 
 CLASSES = ["n01", "n02", "n03"]

@@ -7,8 +7,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from sparsekit.errors import DataError
-from sparsekit.run import execute, load_registry
-from sparsekit.settings import resolve
+from sparsekit.runs.run import execute, load_registry
+from sparsekit.runs.settings import resolve
 from sparsekit.tasks import TinyImageNet, tinyimagenet
 
 CLASSES = ["n02", "n01", "n03"]  # as published, wnids.txt is not sorted

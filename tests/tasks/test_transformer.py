@@ -4,10 +4,10 @@ from torch.testing import assert_close
 
 from sparsekit.curvature import GaussNewton
 from sparsekit.errors import DataError
-from sparsekit.objective import Objective
-from sparsekit.parameters import ParameterSpace
-from sparsekit.run import execute, load_registry
-from sparsekit.settings import resolve
+from sparsekit.problem.objective import Objective
+from sparsekit.problem.parameters import ParameterSpace
+from sparsekit.runs.run import execute, load_registry
+from sparsekit.runs.settings import resolve
 from sparsekit.tasks import Digits, DigitsTransformer, transformer
 from sparsekit.tasks.dense import Recipe
 

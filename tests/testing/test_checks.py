@@ -7,9 +7,9 @@ import torch
 
 from sparsekit.curvature import gradient_rows
 from sparsekit.errors import CurvatureError
-from sparsekit.interfaces import CurvatureEstimator, EstimatorSettings
 from sparsekit.linalg import BlockDiagonal, Diagonal, LinearOperator
-from sparsekit.objective import as_found
+from sparsekit.methods.interfaces import CurvatureEstimator, EstimatorSettings
+from sparsekit.problem.objective import as_found
 from sparsekit.removal import InverseFisher, Removal
 from sparsekit.testing import (
     CHECKS,

@@ -3,10 +3,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sparsekit.interfaces import EstimatorSettings
-from sparsekit.likelihoods import Bernoulli, Categorical, Gaussian, as_likelihood
-from sparsekit.objective import Objective
-from sparsekit.parameters import ParameterSpace
+from sparsekit.methods.interfaces import EstimatorSettings
+from sparsekit.problem.likelihoods import Bernoulli, Categorical, Gaussian, as_likelihood
+from sparsekit.problem.objective import Objective
+from sparsekit.problem.parameters import ParameterSpace
 from sparsekit.testing import (
     block_mask,
     damped,

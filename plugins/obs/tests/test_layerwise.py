@@ -5,7 +5,7 @@ from torch.testing import assert_close
 
 from sparsekit import Categorical, Mask, Memory, ModelError, Objective, ParameterSpace, SettingsError, prune
 from sparsekit.curvature import input_moments
-from sparsekit.registry import Registry
+from sparsekit.registry.registry import Registry
 from sparsekit_obs.layerwise import LayerwiseSettings, LayerwiseSurgeon
 
 
@@ -120,7 +120,7 @@ def test_its_increase_is_not_taken_for_the_losss(objective):
 
 
 def test_the_plugin_registers_it():
-    from sparsekit import builtins
+    from sparsekit.registry import builtins
 
     assert "obs-layerwise" in Registry(builtins).names("estimator")
 

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from sparsekit import CurvatureError, InverseFisher, Mask, ParameterSpace, ScoreContext, SettingsError
 from sparsekit.linalg import BlockDiagonal, DiagonalPlusLowRank, KroneckerDiagonal, LinearOperator, eliminate
-from sparsekit.patterns import NM, Block
+from sparsekit.methods.patterns import NM, Block
 from sparsekit_obs.saliencies import GreedySurgeon, GroupSurgeon, cheapest
 
 

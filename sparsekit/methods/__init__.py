@@ -1,0 +1,1 @@
+"""What plugins supply, as interfaces, and the built-in methods of each kind."""

@@ -1,0 +1,225 @@
+"""What is bent: a model, its likelihood, the examples and the parameters that count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.errors import CurvatureError, DataError, ModelError
+from sparsekit.problem.likelihoods import Likelihood
+from sparsekit.problem.networks import as_found, check_examples_apart, check_values, kind_of, outputs, tensor_outputs
+from sparsekit.problem.parameters import ParameterSpace
+
+__all__ = ["Batch", "Objective", "as_found", "finite_loss", "pairs", "some", "tensor_outputs"]
+
+Batch = tuple[Tensor, Tensor]
+
+
+def pairs(batches: Iterable[Any], device: torch.device | None = None) -> Iterator[Batch]:
+    """The batches, looked at one by one and moved to a device: all data come in through here.
+
+    Args:
+        batches: each a tuple or list (inputs, targets) of two tensors with one row an example.
+        device: where they are needed; None leaves them where they are.
+
+    Raises:
+        DataError: a batch is something else.
+    """
+    for batch in batches:
+        if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
+            raise DataError(
+                f"the data gave a batch of {kind_of(batch)}; a pair of tensors (inputs, targets) was needed: map each "
+                "batch to such a pair, and wrap a model that takes several inputs in one that takes a single tensor"
+            )
+        inputs, targets = batch
+        if not (inputs.dim() and targets.dim() and len(inputs) == len(targets)):
+            raise DataError(
+                f"the data gave a batch of inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)}; as many "
+                "rows in the one as in the other were needed, a row an example: mend the data"
+            )
+        if device is not None:
+            inputs, targets = (t.to(device, non_blocking=True) for t in (inputs, targets))
+        yield inputs, targets
+
+
+@dataclass(frozen=True)
+class Objective:
+    """L(w) = mean over the examples of the likelihood's loss, as a function of the space's weights.
+
+    Attributes:
+        model: any module from a batch of inputs to a batch of outputs.
+        likelihood: the loss.
+        batches: the examples, (inputs, targets) batch by batch; a sequence or anything else that can be
+            iterated over again and gives the same examples each time.
+        space: the weights that count.
+        share: what an example adds to what the likelihood's mean divides by, on average; counted where None. Of
+            some of an objective's batches give that of the whole, `mean_share`, so that weights stay comparable.
+    """
+
+    model: nn.Module
+    likelihood: Likelihood
+    batches: Iterable[Batch]
+    space: ParameterSpace
+    share: float | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's type of number."""
+        return next(self.model.parameters()).dtype
+
+    def on_device(self) -> Iterator[Batch]:
+        """The batches, moved to the model's device; a DataError where one is no pair of tensors, see `pairs`."""
+        yield from pairs(self.batches, self.device)
+
+    @cached_property
+    def mean_share(self) -> float:
+        """What an example adds to what the likelihood's mean divides by, over all examples; reads targets alone.
+
+        Raises:
+            DataError: the targets are all ignored.
+        """
+        if self.share is not None:
+            return self.share
+        total, count = 0.0, 0
+        for _, targets in pairs(self.batches):
+            total += self.likelihood.divisor(targets)
+            count += len(targets)
+        return counting(total, count) / count
+
+    def weighted(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """The batches on the model's device, each with what its examples weigh in the mean over all, 1 on average.
+
+        Only a likelihood's weights of positions make it another number than 1.
+        """
+        for inputs, targets in self.on_device():
+            yield inputs, targets, self.likelihood.divisor(targets) / len(targets) / self.mean_share
+
+    def check(self) -> None:
+        """One batch through the model and the loss, so that what cannot be used is refused before any work.
+
+        Raises:
+            DataError: the batch is no pair of tensors.
+            ModelError: the model does not take it, or its output is no tensor, or not that of each example alone.
+            CurvatureError: a loss is not finite.
+        """
+        check_values(self.model)
+        with as_found(self.model), torch.no_grad():
+            for inputs, targets in self.on_device():
+                output = outputs(self.model, inputs)
+                check_examples_apart(self.model, inputs)
+                losses = self.likelihood.losses(output, targets)
+                if not bool(losses.isfinite().all()):
+                    raise CurvatureError(
+                        "the loss is not finite at the weights given; check the data, the loss and the checkpoint"
+                    )
+                check_examples_apart(self.model, inputs)
+                self._check_gradient(inputs[:1], targets[:1])
+                return
+
+    def _check_gradient(self, inputs: Tensor, targets: Tensor) -> None:
+        tensors = list(self.space.tensors(self.model).values())
+        for parameter in tensors:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            loss = self.likelihood.losses(self.model(inputs), targets).sum()
+        try:
+            if loss.requires_grad:
+                torch.autograd.grad(loss, tensors, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise ModelError(
+                f"the model {type(self.model).__name__} uses reentrant checkpointing, through which the gradients of "
+                "chosen tensors cannot be taken; call torch.utils.checkpoint.checkpoint with use_reentrant=False"
+            ) from error
+
+    def count(self) -> int:
+        """The number of examples, N."""
+        return sum(len(targets) for _, targets in pairs(self.batches))
+
+    def loss(self) -> float:
+        """L(w) at the model's present weights."""
+        total, count = 0.0, 0
+        with as_found(self.model), torch.no_grad():
+            for inputs, targets, weight in self.weighted():
+                losses = self.likelihood.losses(self.model(inputs), targets)
+                total += float(losses.double().sum()) * weight
+                count += len(losses)
+        return finite_loss(total / some(count))
+
+    def gradient(self) -> Tensor:
+        """∇L(w), (n,)."""
+        total, count = None, 0
+        with as_found(self.model), torch.enable_grad():
+            tensors = self.space.tensors(self.model)
+            for parameter in tensors.values():
+                parameter.requires_grad_(True)
+            for inputs, targets, weight in self.weighted():
+                losses = self.likelihood.losses(self.model(inputs), targets)
+                gradients = torch.autograd.grad(losses.sum() * weight, list(tensors.values()), materialize_grads=True)
+                flat = self.space.flatten(dict(zip(tensors, gradients, strict=True)))
+                total = flat if total is None else total + flat
+                count += len(losses)
+        if total is None:
+            some(count)
+            raise AssertionError
+        return total / count
+
+
+class Mean:
+    """A mean over examples, batch by batch, in one pass.
+
+    Each batch has a mean of its own, divided by whatever it was; batches count in proportion to that.
+    """
+
+    def __init__(self) -> None:
+        self._total, self._count, self._examples, self._unit = 0.0, 0.0, 0, 0.0
+
+    def add(self, values: Tensor, divisor: float) -> None:
+        """A batch's values, (N,)."""
+        share = divisor / len(values)
+        self._examples += len(values)
+        if share:  # else all are ignored
+            self._unit = self._unit or share  # so that shares that are alike count exactly 1
+            self._total += float(values.double().sum()) * (share / self._unit)
+            self._count += len(values) * (share / self._unit)
+
+    @property
+    def value(self) -> float:
+        """The mean; 0 without any examples."""
+        return self._total / counting(self._count, self._examples) if self._examples else 0.0
+
+
+def counting(total: float, examples: int) -> float:
+    """What a mean over so many examples divides by, which must not be zero."""
+    if some(examples) and not total:
+        raise DataError(
+            f"the targets of all {examples} examples are ignored, or their classes have no weight: mend the data, or "
+            "give another ignore_index or weight to the loss"
+        )
+    return total
+
+
+def some(count: int) -> int:
+    """The count, which must not be zero."""
+    if count == 0:
+        raise DataError("the data gave no batch; at least one batch of (inputs, targets) is needed")
+    return count
+
+
+def finite_loss(value: float) -> float:
+    """The loss, which must be a number."""
+    if math.isnan(value):
+        raise CurvatureError("the loss is NaN at the present weights; check the data, the loss and the checkpoint")
+    return value

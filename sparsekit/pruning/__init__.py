@@ -1,0 +1,1 @@
+"""The loop of cuts, and masked fine-tuning."""

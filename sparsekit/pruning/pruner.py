@@ -1,0 +1,533 @@
+"""The pruning loop: refresh, score, choose, remove, fine-tune. A generator of events; no files, no MLflow."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.curvature import GaussNewton
+from sparsekit.errors import CurvatureError, SettingsError
+from sparsekit.linalg import MatrixFree
+from sparsekit.methods.contracts import inverse_of, scores_of
+from sparsekit.methods.interfaces import (
+    CompensationSettings,
+    CurvatureEstimator,
+    FinetuneSettings,
+    Pattern,
+    ReconstructionSettings,
+    Saliency,
+    ScoreContext,
+    Units,
+)
+from sparsekit.methods.schedules import Step
+from sparsekit.problem.likelihoods import Likelihood
+from sparsekit.problem.networks import copied
+from sparsekit.problem.objective import Batch, Objective
+from sparsekit.problem.parameters import Mask, ParameterSpace
+from sparsekit.pruning.collapse import constant_outputs, emptied, silenced
+from sparsekit.pruning.finetune import finetune
+from sparsekit.reconstruction.fit import LayerFit, Reconstruction, output_moments
+from sparsekit.removal import InverseFisher, Removal
+
+Metrics = Mapping[str, float]
+
+
+# -- events ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class DenseMeasured:
+    """The dense network, before anything is done to it.
+
+    Attributes:
+        metrics: its own.
+        seconds: that measuring took.
+    """
+
+    metrics: Metrics
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PhaseStarted:
+    """A phase of a step begins: 'curvature', 'removal', 'reconstruction', 'finetune' or 'measure'."""
+
+    phase: str
+    step: Step
+
+
+@dataclass(frozen=True)
+class LayerReconstructed:
+    """A layer was fitted; the model and the pruner's state are what a checkpoint may hold."""
+
+    step: Step
+    fit: LayerFit
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is known of a step once its weights are removed: plain data.
+
+    Attributes:
+        damping: γ of the inverse used.
+        curvature: figures of the estimator, empty without a refresh.
+        loss: the mean over the calibration examples before the cut.
+        predicted_increase, measured_increase: of that loss, by this cut, before any reconstruction: the quadratic
+            model speaks of the cut and its compensation.
+        iterations, residual: of the joint solve.
+        fell_back: whether joint compensation came out worse than none, which was applied instead.
+        seconds: by phase.
+        collapsed: a sentence for each tensor whose last weights this cut took, and one where the output depends no
+            longer on the input, or more than half of it.
+    """
+
+    damping: float
+    curvature: Metrics
+    loss: float
+    predicted_increase: float
+    measured_increase: float
+    iterations: int
+    residual: float
+    fell_back: bool
+    seconds: Metrics
+    collapsed: Sequence[str] = field(default=(), kw_only=True)
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """What came of the layers after a cut.
+
+    Attributes:
+        increase: of the loss over the calibration examples, by reconstruction; mostly negative.
+        layers: in the order in which they were fitted.
+        left: name of a weight -> why it is as the cut left it.
+    """
+
+    increase: float
+    layers: Sequence[LayerFit]
+    left: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class StepCompleted(Cut):
+    """A step is over; the model and the mask are what a checkpoint should hold.
+
+    Attributes:
+        step: the plan's step.
+        removed: weights removed in all.
+        reconstruction: what it did; None without.
+        pruned, finetuned: metrics after each phase, where measured.
+        layer_sparsity: by parameter.
+    """
+
+    step: Step
+    removed: int
+    reconstruction: Reconstructed | None
+    pruned: Metrics | None
+    finetuned: Metrics | None
+    layer_sparsity: Metrics
+
+
+Event = DenseMeasured | PhaseStarted | LayerReconstructed | StepCompleted
+
+
+@dataclass
+class PrunerState:
+    """What the next step needs, and a checkpoint holds. The model's own state travels beside it.
+
+    Attributes:
+        next_step: index of the step that is to be done, or goes on.
+        mask: None before the first.
+        dense: metrics.
+        cut: of that step, once its weights are removed.
+        fits: of its layers that are reconstructed already.
+    """
+
+    next_step: int = 0
+    mask: Mask | None = None
+    dense: Metrics | None = None
+    cut: Cut | None = None
+    fits: tuple[LayerFit, ...] = ()
+
+
+def _update(
+    step: Step, estimator: CurvatureEstimator, objective: Objective, generator: torch.Generator
+) -> Mapping[str, float]:
+    return estimator.update(objective, generator=generator)
+
+
+@dataclass
+class Pruner:
+    """Prunes a model in place along a plan.
+
+    Attributes:
+        model: pruned in place.
+        space: its prunable weights.
+        likelihood: the loss.
+        estimator: kept across steps.
+        saliency, pattern, compensation: how a cut is made.
+        steps: the plan.
+        calibration: generator -> batches for one curvature estimate.
+        seed: of everything random; draws of one step do not depend on those of another.
+        measure: model -> metrics.
+        reconstruction, anchors: how layers are fitted after a cut; generator -> the batches that they are fitted on.
+        finetune_settings, training, training_batches: the recipe; generator -> an epoch's batches; how many those are.
+        update: (step, estimator, objective, generator) -> figures; what has the estimator see a step's examples.
+        progress: called with (phase, done, total) on long work.
+    """
+
+    model: nn.Module
+    space: ParameterSpace
+    likelihood: Likelihood
+    estimator: CurvatureEstimator
+    saliency: Saliency
+    pattern: Pattern
+    compensation: CompensationSettings
+    steps: Sequence[Step]
+    calibration: Callable[[torch.Generator], Sequence[Batch]]
+    measure: Callable[[nn.Module], Metrics]
+    seed: int = 0
+    reconstruction: ReconstructionSettings = field(default_factory=ReconstructionSettings)
+    anchors: Callable[[torch.Generator], Sequence[Batch]] | None = None
+    finetune_settings: FinetuneSettings = field(default_factory=FinetuneSettings)
+    training: Callable[[torch.Generator], Iterable[Batch]] | None = None
+    training_batches: int = 0
+    update: Callable[[Step, CurvatureEstimator, Objective, torch.Generator], Metrics] = _update
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None
+    state: PrunerState = field(default_factory=PrunerState)
+
+    def __post_init__(self) -> None:
+        # What a restart goes back to. A pruner is made with the dense model, so a resumed one knows it too.
+        restarts = any(step.restart for step in self.steps)
+        self._dense = {name: t.clone() for name, t in self.model.state_dict().items()} if restarts else {}
+        # What layers are fitted to, for the same reason taken here.
+        self._anchor = copied(self.model).cpu() if self.reconstruction.how != "none" else None
+        self._weighting: Mapping[str, Tensor] = {}
+        self._phase = "curvature"
+        self._untaught = deepcopy(self.estimator) if restarts else self.estimator
+
+    def restore(self, weights: Mapping[str, Tensor], estimator: Mapping[str, Tensor], state: PrunerState) -> None:
+        """Go on from a checkpoint: the model's and the estimator's state after `state.next_step` steps."""
+        self.model.load_state_dict(dict(weights))
+        self.estimator.load_state_dict(estimator)
+        self.state = state
+
+    def run(self) -> Iterator[Event]:
+        """Do the steps from `state.next_step` on; after each, `state` and the model are consistent."""
+        device = next(self.model.parameters()).device
+        state = self.state
+        if state.mask is None:
+            state.mask = Mask.full(self.space.size, device)
+        if state.dense is None:
+            clock = _Clock(device)
+            state.dense = self.measure(self.model)
+            clock.lap("measure")
+            yield DenseMeasured(state.dense, clock.seconds["measure"])
+        for step in self.steps[state.next_step :]:
+            yield from self._step(step, device)
+
+    def _step(self, step: Step, device: torch.device) -> Iterator[Event]:
+        state = self.state
+        assert state.mask is not None
+        clock = _Clock(device)
+        self._refined: Metrics = {}  # what the last update while fine-tuning told
+        if step.restart and state.cut is None:
+            self.model.load_state_dict(self._dense)
+            state.mask = Mask.full(self.space.size, device)
+            if step.refresh:  # nothing of what was learned at another level's weights stays
+                self.estimator = deepcopy(self._untaught)
+            self.estimator.shrink(state.mask)
+        calibration = self.calibration(self._generator("calibration", self._refresh_index(step)))
+        objective = Objective(self.model, self.likelihood, self._watched(calibration), self.space)
+        if state.cut is None:
+            yield from self._remove(step, objective, clock)
+        assert state.cut is not None
+
+        reconstructed = None
+        if self._anchor is not None and (self.reconstruction.when == "cut" or step.completes_level):
+            yield self._started("reconstruction", step)
+            left = yield from self._reconstruct(step, self._anchor.to(device), clock)
+            self._anchor.cpu()  # where it is in nobody's way
+            after = objective.loss() if calibration else math.nan
+            increase = after - state.cut.loss - state.cut.measured_increase
+            reconstructed = Reconstructed(increase, state.fits, left)
+
+        yield self._started("measure", step)
+        pruned = self.measure(self.model) if step.completes_level or step.finetune else None
+        clock.lap("measure")
+        finetuned = None
+        if step.finetune and self.training is not None:
+            yield self._started("finetune", step)
+            self._finetune(step, clock)
+            clock.lap("finetune")
+            finetuned = self.measure(self.model)
+            clock.lap("measure")
+        cut = state.cut
+        seconds = {
+            phase: cut.seconds.get(phase, 0) + clock.seconds.get(phase, 0) for phase in {**cut.seconds, **clock.seconds}
+        }
+        state.next_step, state.cut, state.fits = step.index + 1, None, ()
+        known = vars(cut) | {"curvature": {**cut.curvature, **self._refined}, "seconds": seconds}
+        yield StepCompleted(
+            step=step,
+            removed=state.mask.removed_count,
+            reconstruction=reconstructed,
+            pruned=pruned,
+            finetuned=finetuned,
+            layer_sparsity={info.name: Mask(state.mask.kept[info.slice]).sparsity for info in self.space.parameters},
+            **known,
+        )
+
+    def _remove(self, step: Step, objective: Objective, clock: _Clock) -> Iterator[Event]:
+        """Curvature and cut; what is known of it afterwards is `state.cut`."""
+        yield self._started("curvature", step)
+        curvature: Metrics = {}
+        if step.refresh:
+            generator = self._generator("labels", step.index, objective.device)
+            curvature = self.update(step, self.estimator, objective, generator)
+        inverse = inverse_of(self.estimator)
+        clock.lap("curvature")
+
+        yield self._started("removal", step)
+        calibration: Sequence[Batch] = objective.batches  # type: ignore[assignment]
+        known = len(calibration) > 0
+        before = objective.loss() if known else math.nan
+        mask, constant = self.state.mask, constant_outputs(self.model, calibration)
+        assert mask is not None
+        removal = self._cut(step, inverse, objective)
+        assert self.state.mask is not None
+        clock.lap("removal")
+        after = objective.loss() if known else math.nan
+        now_constant = constant_outputs(self.model, calibration)
+        clock.lap("measure")
+        self.state.cut = Cut(
+            damping=inverse.damping,
+            curvature=curvature,
+            loss=before,
+            # a layer's own least squares says nothing of the loss
+            predicted_increase=removal.increase if self._is_of_the_loss else math.nan,
+            measured_increase=after - before,
+            iterations=removal.iterations,
+            residual=removal.residual,
+            fell_back=removal.fell_back,
+            collapsed=(*emptied(self.space, mask, self.state.mask), *silenced(constant, now_constant)),
+            seconds=dict(clock.seconds),
+        )
+        clock.seconds.clear()
+
+    def _reconstruct(self, step: Step, anchor: nn.Module, clock: _Clock) -> Generator[Event, None, Mapping[str, str]]:
+        """Fit the layers that are left to fit; returns those that cannot be, and why."""
+        if self.anchors is None or self.state.mask is None:
+            raise SettingsError("reconstruction needs examples: give the pruner `anchors`")
+        generator = self._generator("reconstruction", step.index)
+        batches = self.anchors(generator)
+        work = Reconstruction(
+            self.model,
+            anchor,
+            self.space,
+            self.state.mask,
+            batches,
+            self.reconstruction,
+            weighting=self._output_weighting(anchor) if self.reconstruction.how == "fisher" else None,
+            seed=generator.initial_seed(),
+        )
+        clock.seconds["reconstruction"] = sum(fit.seconds for fit in self.state.fits)  # of before an interruption
+        for fit in work.run(len(self.state.fits), lambda done, total: self.progress("reconstruction", done, total)):
+            self.state.fits = (*self.state.fits, fit)
+            clock.lap("reconstruction")
+            yield LayerReconstructed(step, fit)
+        return work.left | {fit.name: fit.left for fit in self.state.fits if fit.left}
+
+    def _output_weighting(self, anchor: nn.Module) -> Mapping[str, Tensor]:
+        """Fisher information of each layer's outputs: the estimator's where it has factors, else measured once."""
+        found = inverse_of(self.estimator).output_factors(self.space)
+        if len(found) == len(self.space):
+            return found
+        if not self._weighting:  # of the dense network, so that it is the same before and after an interruption
+            objective = Objective(anchor, self.likelihood, self.calibration(self._generator("outputs", 0)), self.space)
+            generator = self._generator("output labels", 0, objective.device)
+            self._weighting = output_moments(objective, self.estimator.settings.fisher, generator)
+        return {**self._weighting, **found}
+
+    def _cut(self, step: Step, inverse: InverseFisher, objective: Objective) -> Removal:
+        """Score, choose, remove; the model, the mask and the estimator follow."""
+        weights, mask, how = self.space.read(self.model), self.state.mask, self.compensation
+        assert mask is not None
+        generator = self._generator("saliency", step.index, weights.device)
+        context = _Context(weights, mask, inverse, objective, self.pattern.units(self.space), generator)
+        scores = scores_of(self.saliency, context)
+        if not bool(scores[mask.kept].isfinite().all()):
+            raise CurvatureError(f"the saliency '{self.saliency.name}' gave scores that are not finite")
+        chosen = self.pattern.choose(scores, mask, self.pattern.count(self.space, step.sparsity), self.space)
+        gradient = how.first_order * context.gradient if how.first_order else None
+        if how.how == "exact":
+            removal = self._exact(inverse, objective).remove(weights, mask, chosen, "joint", gradient, how.scale)
+        else:
+            removal = inverse.remove(weights, mask, chosen, how.how, gradient, how.scale)
+        self.state.mask = mask.without(chosen)
+        self.space.write(self.model, weights + removal.delta)
+        self.state.mask.apply(self.space, self.model)
+        self.estimator.shrink(self.state.mask)
+        return removal
+
+    def _exact(self, inverse: InverseFisher, objective: Objective) -> InverseFisher:
+        """The calibration examples' Gauss-Newton matrix in place of the estimator's, which preconditions it."""
+        fisher, gamma = GaussNewton(objective), self.compensation.damping or inverse.damping
+        operator = MatrixFree(
+            lambda v: (fisher @ v.to(objective.dtype)).to(v.dtype) + gamma * v,
+            inverse.operator,
+            tolerance=self.compensation.tolerance,
+            max_iterations=self.compensation.max_iterations,
+        )
+        return InverseFisher(operator, gamma)
+
+    @property
+    def _is_of_the_loss(self) -> bool:
+        return self.estimator.unit(self.estimator.settings) == "loss" or self.compensation.how == "exact"
+
+    def _started(self, phase: str, step: Step) -> PhaseStarted:
+        self._phase = phase
+        return PhaseStarted(phase, step)
+
+    def _finetune(self, step: Step, clock: _Clock) -> None:
+        training, mask, every = self.training, self.state.mask, self.finetune_settings.refine_every
+        assert training is not None and mask is not None
+        generator = self._generator("finetune", step.index)
+        # only where a later cut has the use of it
+        refines = bool(every) and any(s.index == step.index + 1 and not s.restart for s in self.steps)
+
+        def after_each(done: int, total: int) -> None:
+            self.progress("finetune", done, total)
+            if refines and done % every == 0 and done < total:
+                clock.lap("finetune")
+                calibration = self.calibration(self._generator(f"refine/{done}", step.index))
+                objective = Objective(self.model, self.likelihood, calibration, self.space)
+                labels = self._generator(f"refine labels/{done}", step.index, mask.kept.device)
+                figures = self.estimator.update(objective, generator=labels)
+                self._refined = {f"refined/{name}": value for name, value in figures.items()}
+                clock.lap("curvature")
+
+        with _seeded(self._generator("dropout", step.index).initial_seed(), mask.kept.device):
+            finetune(
+                self.model,
+                self.likelihood,
+                lambda: training(generator),
+                self.space,
+                mask,
+                self.finetune_settings,
+                batches_per_epoch=self.training_batches,
+                progress=after_each,
+            )
+
+    def _watched(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The batches, reporting how far a pass over them is."""
+        return _Watched(batches, lambda done: self.progress(self._phase, done, len(batches)))
+
+    def _refresh_index(self, step: Step) -> int:
+        """The step whose calibration examples are in use: the last one that refreshed."""
+        return max((s.index for s in self.steps[: step.index + 1] if s.refresh), default=0)
+
+    def _generator(self, purpose: str, index: int, device: torch.device | None = None) -> torch.Generator:
+        """A generator of its own for each purpose and step, so that resuming needs no generator's state."""
+        digest = hashlib.sha256(f"{self.seed}/{purpose}/{index}".encode()).digest()
+        generator = torch.Generator(device or torch.device("cpu"))
+        generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return generator
+
+
+class _Watched(Sequence[Batch]):
+    """A sequence that tells how far an iteration over it is."""
+
+    def __init__(self, batches: Sequence[Batch], tell: Callable[[int], None]) -> None:
+        self._batches, self._tell = batches, tell
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        part = self._batches[index]
+        return _Watched(part, self._tell) if isinstance(index, slice) else part
+
+    def __iter__(self) -> Iterator[Batch]:
+        for done, batch in enumerate(self._batches):
+            self._tell(done)
+            yield batch
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Layers such as dropout draw from torch's global generators: seeded here, and put back as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class _Context(ScoreContext):
+    def __init__(
+        self,
+        weights: Tensor,
+        mask: Mask,
+        inverse: InverseFisher,
+        objective: Objective,
+        units: Units | None,
+        generator: torch.Generator,
+    ) -> None:
+        self._weights, self._mask, self._inverse = weights, mask, inverse
+        self._objective, self._units, self._generator = objective, units, generator
+
+    @property
+    def weights(self) -> Tensor:
+        return self._weights
+
+    @property
+    def mask(self) -> Mask:
+        return self._mask
+
+    @property
+    def inverse(self) -> InverseFisher:
+        return self._inverse
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        if not self._objective.batches:
+            raise SettingsError("the saliency needs the gradient, and there are no examples; set estimator.examples")
+        return self._objective.gradient()
+
+    @property
+    def space(self) -> ParameterSpace:
+        return self._objective.space
+
+    @property
+    def units(self) -> Units | None:
+        return self._units
+
+    @property
+    def generator(self) -> torch.Generator:
+        return self._generator
+
+
+class _Clock:
+    """Seconds by phase; waits for the device, so that a phase pays for its own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = self._now()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now

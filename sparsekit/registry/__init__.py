@@ -1,0 +1,1 @@
+"""Plugins: the hooks, the built-ins and what is installed."""

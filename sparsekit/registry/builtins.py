@@ -1,0 +1,41 @@
+"""What the core itself registers, through the same hooks as any plugin."""
+
+from collections.abc import Sequence
+
+from sparsekit.methods.estimators import DiagonalFisher, Identity
+from sparsekit.methods.interfaces import CurvatureEstimator, Pattern, Saliency, Schedule, Task
+from sparsekit.methods.patterns import NM, Block, Uniform, Unstructured
+from sparsekit.methods.saliencies import Magnitude, OptimalBrainSurgeon, Random, RowSurgeon
+from sparsekit.methods.schedules import Cubic, Exponential, Linear, OneShot
+from sparsekit.registry.hookspecs import hookimpl
+from sparsekit.tasks import Cifar10, Digits, DigitsTransformer, ImageNet, Mnist, MnistAutoencoder, TinyImageNet
+
+
+@hookimpl
+def sparsekit_estimators() -> Sequence[type[CurvatureEstimator]]:
+    """`identity` and `diagonal`."""
+    return [Identity, DiagonalFisher]
+
+
+@hookimpl
+def sparsekit_saliencies() -> Sequence[type[Saliency]]:
+    """`magnitude`, `random`, `obs` and `obs-rows`."""
+    return [Magnitude, Random, OptimalBrainSurgeon, RowSurgeon]
+
+
+@hookimpl
+def sparsekit_schedules() -> Sequence[type[Schedule]]:
+    """`one-shot`, `cubic`, `linear` and `exponential`."""
+    return [OneShot, Cubic, Linear, Exponential]
+
+
+@hookimpl
+def sparsekit_patterns() -> Sequence[type[Pattern]]:
+    """`unstructured`, `uniform`, `n:m` and `block`."""
+    return [Unstructured, Uniform, NM, Block]
+
+
+@hookimpl
+def sparsekit_tasks() -> Sequence[type[Task]]:
+    """`digits`, `digits-transformer`, `mnist`, `autoencoder`, `cifar10`, `tinyimagenet` and `imagenet`."""
+    return [Digits, DigitsTransformer, Mnist, MnistAutoencoder, Cifar10, TinyImageNet, ImageNet]

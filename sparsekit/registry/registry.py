@@ -1,0 +1,147 @@
+"""Finds plugins and what they register. One that fails to import is a finding, fatal only when asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from sparsekit.errors import PluginError, SettingsError, unknown_name
+from sparsekit.methods.contracts import checked
+from sparsekit.methods.interfaces import CurvatureEstimator, Pattern, Preset, Saliency, Schedule, Task
+from sparsekit.registry import hookspecs
+
+#: kind -> (hook, base class; presets are instances of theirs)
+KINDS: dict[str, tuple[str, type]] = {
+    "estimator": ("sparsekit_estimators", CurvatureEstimator),
+    "saliency": ("sparsekit_saliencies", Saliency),
+    "schedule": ("sparsekit_schedules", Schedule),
+    "pattern": ("sparsekit_patterns", Pattern),
+    "task": ("sparsekit_tasks", Task),
+    "preset": ("sparsekit_presets", Preset),
+}
+
+
+@dataclass
+class PluginInfo:
+    """One plugin: where it comes from, what it registers, whether it works."""
+
+    name: str
+    distribution: str
+    version: str
+    registers: dict[str, list[str]] = field(default_factory=dict)
+    error: BaseException | None = None
+
+    @property
+    def status(self) -> str:
+        """`ok`, or what went wrong, in one line that any terminal can show."""
+        if self.error is None:
+            return "ok"
+        try:
+            message = str(self.error)
+        except Exception as error:  # the plugin's own class may go wrong here too
+            message = f"its message cannot be had, {type(error).__name__}"
+        return f"{type(self.error).__name__}: " + "".join(c if c.isprintable() else " " for c in message)
+
+
+class Registry:
+    """All that is registered under the entry-point group `sparsekit`, by kind and name."""
+
+    def __init__(self, builtins: ModuleType, entry_points: Iterable[metadata.EntryPoint] | None = None) -> None:
+        self.plugins: list[PluginInfo] = []
+        self._found: dict[str, dict[str, list[tuple[PluginInfo, Any]]]] = {kind: {} for kind in KINDS}
+        core = PluginInfo("builtins", "sparsekit", _version("sparsekit"))
+        self._register(core, builtins)
+        if entry_points is None:
+            entry_points = metadata.entry_points(group=hookspecs.PROJECT)
+        for point in sorted(entry_points, key=lambda point: point.name):
+            dist = point.dist
+            info = PluginInfo(point.name, dist.name if dist else point.value, dist.version if dist else "unknown")
+            try:
+                # what a plugin prints is no part of a command's result, which scripts read
+                with redirect_stdout(sys.stderr):
+                    module = point.load()
+            except BaseException as error:  # whatever a plugin does wrong, `sys.exit` too, is its finding, not our end
+                info.error = error
+                self.plugins.append(info)
+                continue
+            self._register(info, module)
+
+    def _register(self, info: PluginInfo, module: Any) -> None:
+        self.plugins.append(info)
+        # A manager of its own for each plugin: a failing or misspelt hook is then known to be this plugin's.
+        manager = pluggy.PluginManager(hookspecs.PROJECT)
+        manager.add_hookspecs(hookspecs)
+        try:
+            with redirect_stdout(sys.stderr):
+                manager.register(module, name=info.name)
+                if not manager.get_hookcallers(module):
+                    raise PluginError("it implements no hook of sparsekit; mark its functions with sparsekit.hookimpl")
+                manager.check_pending()
+                found = {
+                    kind: [(cls, checked(cls, kind, base)) for cls in _flat(getattr(manager.hook, hook)())]
+                    for kind, (hook, base) in KINDS.items()
+                }
+        except BaseException as error:
+            info.error = error
+            return
+        for kind, classes in found.items():
+            for cls, name in classes:
+                self._add(info, kind, name, cls)
+
+    def _add(self, info: PluginInfo, kind: str, name: str, cls: Any) -> None:
+        """Put it under its name; a built-in keeps its own, and whoever wants it too is told."""
+        known = self._found[kind].setdefault(name, [])
+        if known and known[0][0] is self.plugins[0]:
+            info.error = PluginError(f"the {kind} '{name}' is sparsekit's own, which is used; rename the plugin's")
+            return
+        info.registers.setdefault(kind, []).append(name)
+        known.append((info, cls))
+
+    def names(self, kind: str) -> list[str]:
+        """All registered names of a kind, sorted."""
+        return sorted(self._found[kind])
+
+    def get(self, kind: str, name: str) -> Any:
+        """The class, or the preset, registered under a name.
+
+        Raises:
+            SettingsError: nothing has that name.
+            PluginError: two plugins have it, or the plugin of that name failed to load.
+        """
+        providers = self._found[kind].get(name, [])
+        if len(providers) == 1:
+            return providers[0][1]
+        if len(providers) > 1:
+            who = " and ".join(info.distribution for info, _ in providers)
+            raise PluginError(f"the {kind} '{name}' is registered by {who}; uninstall one of them")
+        for info in self.plugins:
+            if info.error is not None and info.name == name:
+                raise PluginError(
+                    f"the plugin '{name}' ({info.distribution} {info.version}) failed to load: {info.status}"
+                ) from info.error
+        broken = "; ".join(f"{p.name} ({p.distribution} {p.version}): {p.status}" for p in self.plugins if p.error)
+        hint = f"These plugins failed to load: {broken} (see 'sparsekit plugins')." if broken else ""
+        raise SettingsError(unknown_name(kind, name, self.names(kind), hint))
+
+    def provider(self, kind: str, name: str) -> PluginInfo:
+        """The plugin that registers a name."""
+        self.get(kind, name)
+        return self._found[kind][name][0][0]
+
+
+def _flat(results: Iterable[Iterable[Any]]) -> list[Any]:
+    return [cls for classes in results for cls in classes]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,335 @@
+"""What a run is, as frozen data: read from YAML and options, validated before any data is read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from sparsekit.errors import SettingsError
+from sparsekit.methods.interfaces import (
+    CompensationSettings,
+    EstimatorSettings,
+    FinetuneSettings,
+    ReconstructionSettings,
+    Settings,
+    Split,
+)
+from sparsekit.methods.plain_values import shown, unwritable
+from sparsekit.methods.schedules import check_cuts
+from sparsekit.registry.registry import Registry
+from sparsekit.runs import yaml_reading
+from sparsekit.runs.addresses import redacted
+
+Sparsity = Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights removed, in [0, 1)")]
+
+T = TypeVar("T", bound=BaseModel)
+
+#: The components of a run: each has a name and its own settings.
+COMPONENTS = ("task", "estimator", "saliency", "schedule", "pattern")
+
+#: What a bare string means where a mapping is expected: `estimator: obs` is `estimator: {name: obs}`.
+SHORTHAND = {**dict.fromkeys(COMPONENTS, "name"), "compensation": "how", "reconstruction": "how"}
+
+
+class TrackingSettings(Settings):
+    """Where the run is tracked."""
+
+    enabled: bool = Field(True, description="--no-tracking turns it off")
+    uri: str | None = Field(
+        None,
+        description="MLflow's address; default $MLFLOW_TRACKING_URI, else a SQLite file under the output",
+    )
+    experiment: str = Field("sparsekit", min_length=1, max_length=250, description="MLflow experiment")
+
+    @field_validator("uri")
+    @classmethod
+    def _an_address(cls, given: str | None) -> str | None:
+        if given is not None and (fault := fault_of(given)) is not None:
+            raise ValueError(fault)
+        return given
+
+
+def fault_of(address: str) -> str | None:
+    """Why nothing can be reached at an address of the web; None: it can be tried. Others' schemes are not judged."""
+    if not address.lower().startswith(("http:", "https:")):
+        return None
+    if any(c.isspace() or not c.isprintable() for c in address):
+        return "an address without spaces was needed, such as http://localhost:5000"
+    try:
+        parts = urlsplit(address)
+        whole = bool(parts.hostname) and (parts.port is None or parts.port >= 0)
+    except ValueError as error:
+        return f"it is no address ({error}); one such as http://localhost:5000 was needed"
+    return None if whole else "an address with a host was needed, such as http://localhost:5000"
+
+
+class RunSettings(Settings):
+    """A run. The components' own settings stand beside their `name`."""
+
+    preset: str | None = Field(None, description="published configuration that the rest was laid over")
+    task: dict[str, Any] = Field({"name": "digits"}, description="what is pruned and how it is measured")
+    estimator: dict[str, Any] = Field({"name": "fishleg"}, description="of the inverse Fisher")
+    saliency: dict[str, Any] = Field({"name": "obs"}, description="which weights go first")
+    pattern: dict[str, Any] = Field({"name": "unstructured"}, description="which sets of weights may go together")
+    schedule: dict[str, Any] = Field({"name": "cubic"}, description="how sparsity grows from level to level")
+    sparsity: tuple[Sparsity, ...] = Field((), description="levels to report; default the task's")
+    steps: int = Field(4, ge=1, description="steps for each level, except one-shot's single one")
+    substeps: int = Field(1, ge=1, description="cuts within a step, curvature refreshed before each")
+    levels: Literal["auto", "independent", "sequential"] = Field(
+        "auto",
+        description="each level from the dense weights, or all on one path; auto: independent for one-shot "
+        "without sub-steps and fine-tuning",
+    )
+    compensation: CompensationSettings = Field(CompensationSettings(), description="how the surviving weights move")
+    reconstruction: ReconstructionSettings = Field(
+        ReconstructionSettings(), description="whether layers are fitted to the dense network's after a cut"
+    )
+    finetune: dict[str, Any] = Field({}, description="masked training after each step; default the task's")
+    split: Split = Field("reporting", description="examples that metrics are measured on; tune on 'tuning'")
+    seed: int = Field(0, ge=0, description="of calibration examples, sampled labels and fine-tuning order")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$", description="auto, cpu, cuda or cuda:N")
+    include: tuple[str, ...] | None = Field(None, description="shell patterns of parameter names to prune")
+    exclude: tuple[str, ...] = Field((), description="shell patterns of parameter names to leave alone")
+    output: str = Field("runs", description="folder of the runs' directories")
+    tracking: TrackingSettings = Field(TrackingSettings())
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _one_level(cls, given: Any) -> Any:
+        """A single level need not be written as a list."""
+        return (given,) if isinstance(given, int | float | str) else given
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """Settings with every name found and every component's settings validated.
+
+    Attributes:
+        settings: the run's.
+        classes, options: kind -> class and validated settings of each component.
+        finetune: the task's recipe with the run's changes.
+        sparsity: increasing.
+        independent: whether each level starts from the dense weights.
+    """
+
+    settings: RunSettings
+    classes: Mapping[str, type[Any]]
+    options: Mapping[str, Settings]
+    finetune: FinetuneSettings
+    sparsity: tuple[float, ...]
+    independent: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, resolved, as plain data: what `run.yaml` holds and `--config` reads back."""
+        out = self.settings.model_dump(mode="json")
+        for kind in COMPONENTS:
+            out[kind] = {"name": self.classes[kind].name, **self.options[kind].model_dump(mode="json")}
+        out["finetune"] = self.finetune.model_dump(mode="json")
+        out["sparsity"] = list(self.sparsity)
+        if self.settings.tracking.uri is not None:  # records are shared; what is secret stays with the user
+            out["tracking"]["uri"] = redacted(self.settings.tracking.uri)
+        return out
+
+    def build(self, kind: str, *args: Any) -> Any:
+        """The component of a kind, made from its settings."""
+        return self.classes[kind](*args, self.options[kind])
+
+    def fitted(self, available: int) -> ResolvedRun:
+        """This run with examples that nobody set as many as are `available`, at most the default.
+
+        Numbers that were asked for stay as they are, and so do those that the other settings let be no smaller.
+        """
+        options, how = self.options["estimator"], self.settings.reconstruction
+        assert isinstance(options, EstimatorSettings)
+        estimator, most = self.settings.estimator, options.fitting(min(options.examples, available))
+        if "examples" not in estimator and 0 < most < options.examples:
+            options = validated(type(options), {**options.model_dump(), "examples": most}, "estimator")
+            estimator = {**estimator, "examples": most}
+        if how.how != "none" and "examples" not in how.model_fields_set and 0 < available < how.examples:
+            how = how.model_copy(update={"examples": available})
+        if estimator is self.settings.estimator and how is self.settings.reconstruction:
+            return self
+        settings = self.settings.model_copy(update={"estimator": estimator, "reconstruction": how})
+        return replace(self, settings=settings, options={**self.options, "estimator": options})
+
+
+def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
+    """Validate a run's raw settings; nothing but names and values is looked at.
+
+    `preset` names a published configuration, which whatever else is given wins over.
+
+    Raises:
+        SettingsError, PluginError: with the place, what was given and what was needed.
+    """
+    if raw.get("preset") is not None:
+        raw = _over_preset(raw, registry)
+    names = {kind: RunSettings.model_fields[kind].get_default() for kind in COMPONENTS}
+    settings = validated(RunSettings, merge(names, raw), "")
+    classes: dict[str, type[Any]] = {}
+    options: dict[str, Settings] = {}
+    for kind in COMPONENTS:
+        given = dict(getattr(settings, kind))
+        name = given.pop("name", None)
+        if not isinstance(name, str):
+            raise SettingsError(f"{kind} needs a name; known: {', '.join(registry.names(kind))}")
+        classes[kind] = registry.get(kind, name)
+        options[kind] = validated(classes[kind].Settings, given, kind)
+    unit = classes["estimator"].unit(options["estimator"])
+    if classes["pattern"].across_layers and unit == "layer":
+        raise SettingsError(
+            f"the scores of the estimator '{classes['estimator'].name}' compare within a layer only, and the pattern "
+            f"'{classes['pattern'].name}' compares layers; use --pattern uniform or n:m"
+        )
+    how = settings.compensation
+    if how.how == "exact" and how.damping is None and unit != "loss":
+        raise SettingsError(
+            f"the damping of the estimator '{classes['estimator'].name}' is not in units of the Fisher; give exact "
+            "compensation its own: compensation.damping"
+        )
+    if classes["saliency"].of_groups and not classes["pattern"].has_groups():
+        raise SettingsError(
+            f"the saliency '{classes['saliency'].name}' scores groups, and the pattern '{classes['pattern'].name}' has "
+            "none; use it with --pattern n:m or block"
+        )
+    options["estimator"] = _with_examples(settings, classes["saliency"], options["estimator"])
+    task = classes["task"]
+    recipe = validated(FinetuneSettings, {**task.finetune.model_dump(), **settings.finetune}, "finetune")
+    if recipe.refine_every and not recipe.epochs:
+        raise SettingsError(
+            f"finetune.refine_every = {recipe.refine_every} updates the estimator while fine-tuning, of which there is "
+            "none; set finetune.epochs, or leave refine_every out"
+        )
+    sparsity = tuple(sorted(set(settings.sparsity or task.sparsity)))
+    check_cuts(len(sparsity), settings.steps, settings.substeps)
+    one_cut = classes["schedule"].name == "one-shot" and settings.substeps == 1 and recipe.epochs == 0
+    independent = one_cut if settings.levels == "auto" else settings.levels == "independent"
+    return ResolvedRun(settings, classes, options, recipe, sparsity, independent)
+
+
+def _with_examples(settings: RunSettings, saliency: type[Any], options: Settings) -> Settings:
+    """An estimator that looks at no example is given the usual number where something else of the run does."""
+    assert isinstance(options, EstimatorSettings)
+    if options.examples:
+        return options
+    for what, takes in (
+        (f"the saliency '{saliency.name}'", saliency.takes_gradient),
+        ("exact compensation", settings.compensation.how == "exact"),
+        ("compensation.first_order", settings.compensation.first_order > 0),
+        ("reconstruction", settings.reconstruction.how != "none"),
+    ):
+        if takes and "examples" in settings.estimator:
+            raise SettingsError(f"estimator.examples = 0, and {what} needs examples; give a number, or leave it out")
+        if takes:
+            return options.model_copy(update={"examples": EstimatorSettings().examples})
+    return options
+
+
+def _over_preset(raw: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
+    """The preset's settings, and over them the rest of `raw`."""
+    preset = raw["preset"]
+    if not isinstance(preset, str):
+        raise SettingsError(f"preset = {preset!r} is not a name; known: {', '.join(registry.names('preset'))}")
+    published, given = (merge({}, layer) for layer in (registry.get("preset", preset).settings, raw))
+    estimators = [layer.get("estimator") for layer in (published, given)]
+    its, other = (e.get("name") if isinstance(e, Mapping) else None for e in estimators)
+    if its is not None and other is not None and its != other:
+        # Another name starts afresh: of the preset's examples, blocks and damping nothing would be left.
+        raise SettingsError(
+            f"the preset '{preset}' is for the estimator '{its}', and '{other}' was given; leave --estimator out, or "
+            "the preset"
+        )
+    return merge(published, given)
+
+
+def validated(model: type[T], raw: Mapping[str, Any], where: str) -> T:
+    """`model` from raw values, with errors as one sentence each."""
+    if (text := unwritable(raw)) is not None:
+        raise SettingsError(
+            f"{shown(text)} holds a character that no file can hold (NUL, or half of a pair); leave it out"
+        )
+    try:
+        return model.model_validate(dict(raw))
+    except ValidationError as error:
+        raise SettingsError("; ".join(_sentence(model, item, where) for item in error.errors())) from None
+
+
+def _sentence(model: type[BaseModel], item: Any, where: str) -> str:
+    location = [str(part) for part in item["loc"]]
+    path = ".".join(([where] if where else []) + location)
+    if item["type"] == "extra_forbidden":
+        fields = list(_fields_at(model, location[:-1]))
+        near = difflib.get_close_matches(location[-1], fields, n=1)
+        guess = f"; did you mean '{near[0]}'?" if near else "."
+        return f"there is no setting '{path}'{guess} Known: {', '.join(sorted(fields))}"
+    message = item["msg"].removeprefix("Value error, ")
+    if not path:
+        return str(message)
+    if item["type"] == "model_type":
+        word = f", or one word for its '{SHORTHAND[path]}'" if path in SHORTHAND else ""
+        message = f"a mapping of settings is needed{word}"
+    return f"{path} = {shown(item['input'])} is not valid: {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[str]) -> Mapping[str, Any]:
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return model.model_fields
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+def read_config(path: Path) -> dict[str, Any]:
+    """A YAML file of settings.
+
+    Raises:
+        SettingsError: missing, unreadable, too large, or not a mapping.
+    """
+    data = yaml_reading.read(path)
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise SettingsError(
+            f"the configuration file '{path}' must hold a mapping of settings, not a {type(data).__name__}"
+        )
+    return {str(key): value for key, value in data.items()}
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings laid over one another, the last winning; a component given by another name starts afresh."""
+    out: dict[str, Any] = {}
+    for layer in layers:
+        for key, given in layer.items():
+            value = {SHORTHAND[key]: given} if key in SHORTHAND and isinstance(given, str) else given
+            old = out.get(key)
+            if isinstance(old, dict) and isinstance(value, Mapping):
+                renamed = key in COMPONENTS and "name" in old and value.get("name", old["name"]) != old["name"]
+                out[key] = dict(value) if renamed else merge(old, value)
+            else:
+                out[key] = value
+    return out
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """`estimator.damping=1e-3` -> {"estimator": {"damping": 0.001}}; values are YAML."""
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys) or len(keys) > yaml_reading.MOST_LEVELS:
+        raise SettingsError(f"--set needs KEY=VALUE such as estimator.damping=1e-3; {shown(text)} was given")
+    try:
+        parsed: Any = yaml_reading.parse(value)
+    except ValueError as error:
+        raise SettingsError(f"the value in --set {shown(text)} is not YAML that can be used: {error}") from None
+    if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as text
+        with suppress(ValueError):
+            parsed = float(parsed)
+    for key in reversed(keys):
+        parsed = {key: parsed}
+    return cast(dict[str, Any], parsed)
