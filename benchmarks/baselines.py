@@ -23,11 +23,11 @@ import torch
 from jobs import job, spread
 
 from sparsekit import Objective, ParameterSpace
+from sparsekit.machine import peak_memory
 from sparsekit.methods.interfaces import measure
 from sparsekit.methods.schedules import plan
 from sparsekit.pruning.pruner import Pruner, StepCompleted
-from sparsekit.runs.identity import peak_memory
-from sparsekit.runs.run import load_registry
+from sparsekit.registry.installed import load_registry
 from sparsekit.runs.settings import merge, resolve
 
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)

@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from sparsekit.compare.plan import TRIALS, Comparison
-from sparsekit.runs.records import RunDirectory
+from sparsekit.runs.directory import RunDirectory
 
 FILE = {
     "name": "overhead",

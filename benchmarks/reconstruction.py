@@ -27,12 +27,13 @@ import torch
 from jobs import job, spread
 
 from sparsekit import Mask, Objective, ParameterSpace
+from sparsekit.machine import peak_memory
 from sparsekit.methods.interfaces import ReconstructionSettings
 from sparsekit.methods.schedules import plan
 from sparsekit.pruning.pruner import Pruner, StepCompleted
 from sparsekit.reconstruction.fit import Reconstruction
-from sparsekit.runs.identity import peak_memory
-from sparsekit.runs.run import execute, load_registry
+from sparsekit.registry.installed import load_registry
+from sparsekit.runs.run import execute
 from sparsekit.runs.settings import merge, resolve
 
 LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95)

@@ -26,7 +26,7 @@ from torch import Tensor
 from sparsekit import BlockFisher, BlockFisherSettings, ParameterSpace
 from sparsekit.curvature import block_moments
 from sparsekit.linalg import LinearOperator
-from sparsekit.runs.identity import machine
+from sparsekit.machine import describe_machine
 
 GRADIENTS = 1024
 
@@ -174,7 +174,7 @@ def main() -> None:
         if name not in every:
             parser.error(f"no section '{name}'; there are {', '.join(every)}")
     torch.set_num_threads(1)
-    print(", ".join(f"{key} {value}" for key, value in machine(torch.device("cpu")).items()))
+    print(", ".join(f"{key} {value}" for key, value in describe_machine(torch.device("cpu")).items()))
     against_recursions = [name for name in options.sections if name in SECTIONS]
     if against_recursions:
         print(f"\n| m = {GRADIENTS:,} gradients | published s | here s | ratio (quartiles) | apart |")

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from jobs import spread
 
-from sparsekit.runs.records import RunRecord
-from sparsekit.runs.run import execute, load_registry
+from sparsekit.registry.installed import load_registry
+from sparsekit.runs.run import execute
+from sparsekit.runs.schema import RunRecord
 from sparsekit.runs.settings import merge, resolve
 
 Row = tuple[str, dict[str, Any]]

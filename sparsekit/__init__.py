@@ -1,5 +1,6 @@
 """Second-order pruning of neural networks."""
 
+from sparsekit import _moved
 from sparsekit.api import Pruned, prune
 from sparsekit.curvature.vectors import FisherKind
 from sparsekit.errors import (
@@ -12,13 +13,13 @@ from sparsekit.errors import (
     SettingsError,
     SparsekitError,
 )
+from sparsekit.machine import Memory
 from sparsekit.methods.estimators import BlockFisher, BlockFisherSettings
 from sparsekit.methods.interfaces import (
     CompensationSettings,
     CurvatureEstimator,
     EstimatorSettings,
     FinetuneSettings,
-    Memory,
     Pattern,
     Preset,
     Saliency,
@@ -33,6 +34,8 @@ from sparsekit.problem.objective import Objective
 from sparsekit.problem.parameters import Mask, ParameterInfo, ParameterSpace
 from sparsekit.registry.hookspecs import hookimpl
 from sparsekit.removal import InverseFisher, Removal
+
+_moved.install()
 
 __all__ = [
     "Bernoulli",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import DataError, DegradedWarning, SettingsError
+from sparsekit.machine import available_memory
 from sparsekit.methods.interfaces import ReconstructionSettings, measure
 from sparsekit.methods.schedules import plan
 from sparsekit.problem.likelihoods import Likelihood, Loss, as_likelihood
@@ -20,8 +21,8 @@ from sparsekit.problem.parameters import Mask, ParameterSpace
 from sparsekit.problem.unused import used
 from sparsekit.pruning.pruner import Metrics, Pruner, StepCompleted
 from sparsekit.reconstruction.fit import Reconstruction
-from sparsekit.runs.identity import available_memory
-from sparsekit.runs.run import degradations, load_registry
+from sparsekit.registry.installed import load_registry
+from sparsekit.runs.run import degradations
 from sparsekit.runs.settings import ResolvedRun, resolve
 
 #: Batches of data that have no length: who gives more, gives something with one.

@@ -21,7 +21,8 @@ from sparsekit.compare.spec import ComparisonSettings
 from sparsekit.compare.tuning import failed
 from sparsekit.compare.upload import Uploader
 from sparsekit.errors import SettingsError
-from sparsekit.runs.run import find_device, load_registry
+from sparsekit.machine import find_device
+from sparsekit.registry.installed import load_registry
 from sparsekit.runs.settings import merge, parse_assignment, read_config, validated
 from sparsekit.runs.tracking import resolve_uri
 

@@ -14,9 +14,9 @@ from rich.table import Table
 from sparsekit.cli.terminal import console as terminal
 from sparsekit.cli.terminal import keep
 from sparsekit.errors import SettingsError
+from sparsekit.files import write_tensors
 from sparsekit.models import read_state_dict
 from sparsekit.runs.masks import Count, Overlap, TensorCount, apply_mask, count, overlap_of, overlaps, read_mask, total
-from sparsekit.runs.records import write_tensors
 
 mask = typer.Typer(
     help="Masks of runs: what they remove, how far two agree, and applied to other weights.", no_args_is_help=True

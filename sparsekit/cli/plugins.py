@@ -11,8 +11,8 @@ from rich.table import Table
 
 from sparsekit.cli.terminal import console as terminal
 from sparsekit.methods.interfaces import Preset
+from sparsekit.registry.installed import load_registry
 from sparsekit.registry.registry import KINDS, Registry
-from sparsekit.runs.run import load_registry
 
 
 def plugins(

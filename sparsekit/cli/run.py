@@ -12,7 +12,8 @@ import typer
 
 from sparsekit.cli.display import ProgressDisplay, print_preview, print_summary, summary
 from sparsekit.cli.terminal import keep
-from sparsekit.runs.run import execute, load_registry, preview
+from sparsekit.registry.installed import load_registry
+from sparsekit.runs.run import execute, preview
 from sparsekit.runs.settings import merge, parse_assignment, read_config, resolve
 
 

@@ -35,13 +35,15 @@ from sparsekit.compare.plan import (
 from sparsekit.compare.spec import WORKER_BYTES, ComparisonSettings, Point, departures, expand, warnings
 from sparsekit.compare.work import Job, do, failure_path
 from sparsekit.errors import RecordError, SparsekitError
+from sparsekit.machine import available_memory, find_device, now
 from sparsekit.methods.interfaces import Task
 from sparsekit.registry.registry import Registry
 from sparsekit.runs.addresses import redacted
 from sparsekit.runs.curvature_cache import SharedStatistics
-from sparsekit.runs.identity import available_memory, identity, now, plugins_used, sources
-from sparsekit.runs.records import RunDirectory, run_key
-from sparsekit.runs.run import find_device, preview, with_examples
+from sparsekit.runs.directory import RunDirectory
+from sparsekit.runs.identity import identity, plugins_used, sources
+from sparsekit.runs.run import preview, with_examples
+from sparsekit.runs.schema import run_key
 from sparsekit.runs.settings import ResolvedRun, resolve
 
 #: A worker that dies so often without a step done in between is not started again.

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from sparsekit.machine import find_device
 from sparsekit.methods.interfaces import Task
-from sparsekit.runs.run import find_device, planned
+from sparsekit.runs.run import planned
 from sparsekit.runs.settings import ResolvedRun
 
 # In units of a forward and backward pass of one example.

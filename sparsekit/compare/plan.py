@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparsekit.errors import RecordError
-from sparsekit.runs.records import RunDirectory, RunRecord, atomic_write
+from sparsekit.files import atomic_write
+from sparsekit.runs.directory import RunDirectory
+from sparsekit.runs.schema import RunRecord
 
 #: Files and folders of a comparison's directory.
 PLAN, TUNING, RUNS, FAILURES, TRIALS = "plan.json", "tuning.json", "runs", "failures", "trials"

@@ -14,7 +14,8 @@ from sparsekit.compare.work import one
 from sparsekit.errors import RecordError, SparsekitError
 from sparsekit.registry.registry import Registry
 from sparsekit.runs.curvature_cache import SharedStatistics
-from sparsekit.runs.records import RunDirectory, RunRecord, run_key
+from sparsekit.runs.directory import RunDirectory
+from sparsekit.runs.schema import RunRecord, run_key
 from sparsekit.runs.settings import merge, resolve
 
 

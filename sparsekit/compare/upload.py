@@ -10,8 +10,8 @@ from pathlib import Path
 
 from sparsekit.compare.plan import PLAN, Comparison
 from sparsekit.errors import RecordError
+from sparsekit.runs.directory import RunDirectory
 from sparsekit.runs.publish import publish
-from sparsekit.runs.records import RunDirectory
 from sparsekit.runs.tracking import Tracker, TrackingError
 
 #: MLflow's tag for the run above a run.

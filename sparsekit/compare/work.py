@@ -11,11 +11,12 @@ from typing import Any
 
 from sparsekit.compare.plan import FAILURES, RUNS, Failure, PlannedRun, write
 from sparsekit.errors import DamagedError, RecordError, SparsekitError
+from sparsekit.machine import now
+from sparsekit.registry.installed import load_registry
 from sparsekit.registry.registry import Registry
 from sparsekit.runs.curvature_cache import SharedStatistics
-from sparsekit.runs.identity import now
-from sparsekit.runs.records import RunRecord
-from sparsekit.runs.run import execute, load_registry
+from sparsekit.runs.run import execute
+from sparsekit.runs.schema import RunRecord
 from sparsekit.runs.settings import resolve
 
 

@@ -1,6 +1,6 @@
 """What is measured from an objective: gradient rows, their moments, Fisher products. No inverse is taken here."""
 
-from sparsekit.curvature.inputs import input_moments, layer_groups
+from sparsekit.curvature.inputs import input_moments, input_moments_memory, layer_groups
 from sparsekit.curvature.moments import averaged_rows, block_moments
 from sparsekit.curvature.products import GaussNewton
 from sparsekit.curvature.rows import gradient_rows, per_example_gradients
@@ -11,6 +11,7 @@ __all__ = [
     "block_moments",
     "gradient_rows",
     "input_moments",
+    "input_moments_memory",
     "layer_groups",
     "per_example_gradients",
 ]

@@ -12,7 +12,7 @@ from sparsekit.errors import ModelError
 from sparsekit.problem.objective import Objective, as_found, some
 from sparsekit.problem.parameters import ParameterSpace
 
-#: Bytes of unfolded inputs that products are taken of at a time; there are up to three such copies.
+#: Bytes of unfolded inputs that products are taken of at a time.
 PATCH_BYTES = 1 << 24
 
 
@@ -81,3 +81,8 @@ def _columns(module: nn.Module, a: Tensor) -> Tensor:
         return a.reshape(1, -1, a.shape[-1]).mT.double()
     X = input_patches(module, a)  # (b, in·k, T)
     return X.view(len(a), module.groups, -1, X.shape[-1]).movedim(0, 2).flatten(2).double()  # (g, in/g·k, b·T)
+
+
+def input_moments_memory() -> int:
+    """Bytes of the temporaries of `input_moments`: up to three copies of unfolded inputs at a time."""
+    return 3 * PATCH_BYTES

@@ -15,7 +15,8 @@ from sparsekit.curvature.vectors import FisherKind
 from sparsekit.errors import CurvatureError, DataError
 from sparsekit.linalg import BlockDiagonal, Diagonal, DiagonalPlusLowRank, DirectSum, LinearOperator
 from sparsekit.linalg.lowrank import PAGE_BYTES, SINGLE_PRECISION_RANGE
-from sparsekit.methods.interfaces import CurvatureEstimator, EstimatorSettings, Memory
+from sparsekit.machine import Memory
+from sparsekit.methods.interfaces import CurvatureEstimator, EstimatorSettings
 from sparsekit.problem.objective import Objective, some
 from sparsekit.problem.parameters import ParameterSpace
 from sparsekit.removal import InverseFisher
@@ -344,7 +345,7 @@ class BlockFisher(CurvatureEstimator):
         ):
             super().check(model, space, settings, available)
             return
-        cls._check_memory(available.host, settings, lambda given: cls._of_rows(space, given), space.size, "host memory")
-        cls._check_memory(
+        cls.check_memory(available.host, settings, lambda given: cls._of_rows(space, given), space.size, "host memory")
+        cls.check_memory(
             available.device, settings, lambda given: cls._beside_rows(space, given), space.size, "device memory"
         )

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsekit.curvature.vectors import FisherKind
 from sparsekit.errors import CurvatureError, SettingsError
+from sparsekit.machine import Memory
 from sparsekit.methods.plain_values import as_number
 from sparsekit.problem.likelihoods import Likelihood
 from sparsekit.problem.objective import Batch, Mean, Objective, as_found, pairs
@@ -58,13 +59,6 @@ class EstimatorSettings(Settings):
     def fitting(self, available: int) -> int:
         """The largest `examples` that these settings allow where there are `available`; 0 where there is none."""
         return available
-
-
-class Memory(NamedTuple):
-    """Bytes that can still be allocated where the model is, and on the host; the same without an accelerator."""
-
-    device: int
-    host: int
 
 
 class CurvatureEstimator(ABC):
@@ -163,12 +157,24 @@ class CurvatureEstimator(ABC):
         Raises:
             SettingsError: with the number that would fit.
         """
-        cls._check_memory(available.device, settings, lambda given: cls.memory(space, given), space.size)
+        cls.check_memory(available.device, settings, lambda given: cls.memory(space, given), space.size)
 
     @classmethod
-    def _check_memory(
+    def check_memory(
         cls, available: int, settings: Any, memory: Callable[[Any], int], weights: int, where: str = "memory"
     ) -> None:
+        """Refuse settings whose `memory(settings)` bytes exceed those `available`, naming values that would fit.
+
+        Args:
+            available: bytes.
+            settings: the estimator's; `memory_settings` names those that are varied.
+            memory: settings -> bytes needed.
+            weights: how many are prunable, for the message and as the bound of settings that are not set.
+            where: what kind of memory it is, for the message.
+
+        Raises:
+            SettingsError: with the largest values that fit.
+        """
         needed = memory(settings)
         if needed <= available:
             return
@@ -204,11 +210,11 @@ class CurvatureEstimator(ABC):
         if not gamma > 0:
             raise CurvatureError(
                 f"damping {self.settings.damping} relative to a mean Fisher diagonal of {mean_diagonal} is not "
-                f"positive: {self._why_zero()}"
+                f"positive: {self.why_zero()}"
             )
         return gamma
 
-    def _why_zero(self) -> str:
+    def why_zero(self) -> str:
         """What makes the diagonal vanish, and what to do."""
         return (
             "no prunable weight changes the loss of an example that is taken alone (dead units, a network that "

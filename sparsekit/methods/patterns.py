@@ -142,8 +142,8 @@ class NM(Pattern):
     cuSPARSELt and torch's SparseSemiStructuredTensor: along `in` of a linear layer's (out, in), with `in` a multiple of
     what the kernel asks for). Of a convolution it is M input channels at one place of the kernel, as it becomes a
     product over (place, channel), channels last; one with fewer than M input channels a group has none. For other
-    layers see `sparsekit.problem.groups.inputs_of_outputs`. `axis=memory` takes neighbours in memory instead, of a convolution
-    across places of the kernel, as published results mostly do; no kernel profits from it but for 1 × 1.
+    layers see `sparsekit.problem.groups.inputs_of_outputs`. `axis=memory` takes neighbours in memory instead, of a
+    convolution across places of the kernel, as published results mostly do; no kernel profits from it but for 1 × 1.
 
     On the way to the full pattern the lowest of the weights that may go are taken first, from each tensor in
     proportion to how many may: scores are compared within a tensor only, all the way.

@@ -13,7 +13,7 @@ from sparsekit.report.attribution import difference, parts, references
 from sparsekit.report.ledger import PARTS, curvature_examples, peak_mebibytes, seconds, shared_seconds
 from sparsekit.report.spread import Difference, Metric, Spread
 from sparsekit.report.summary import Phase, Point, State, Summary, TaskSummary
-from sparsekit.runs.records import LevelRecord, RunRecord
+from sparsekit.runs.schema import LevelRecord, RunRecord
 
 
 def results_csv(summary: Summary) -> str:

@@ -13,7 +13,7 @@ from sparsekit.report.ledger import seconds
 from sparsekit.report.spread import Metric, Spread, percent
 from sparsekit.report.summary import Phase, Point, TaskSummary
 from sparsekit.report.tables import phase_name
-from sparsekit.runs.records import RunRecord, StepRecord
+from sparsekit.runs.schema import RunRecord, StepRecord
 
 
 def of_task(task: TaskSummary, name: str) -> list[Figure]:

@@ -13,7 +13,7 @@ from sparsekit.report.spread import Spread, percent, significant
 from sparsekit.report.summary import Point, Summary, TaskSummary, asked
 from sparsekit.report.tables import Cell, Table, named
 from sparsekit.runs.curvature_cache import SHARED_SECONDS
-from sparsekit.runs.records import LevelRecord, RunRecord
+from sparsekit.runs.schema import LevelRecord, RunRecord
 
 #: Parts of a run that have a column of seconds.
 PARTS = ("curvature", "removal", "reconstruction", "finetune", "total")

@@ -10,7 +10,7 @@ from typing import Literal
 
 from sparsekit.compare.plan import Comparison, PlannedRun, Tuning
 from sparsekit.report.spread import Metric, Spread, percent
-from sparsekit.runs.records import LevelRecord, RunRecord
+from sparsekit.runs.schema import LevelRecord, RunRecord
 
 Phase = Literal["pruned", "finetuned"]
 

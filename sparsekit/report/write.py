@@ -12,11 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sparsekit.compare.plan import Comparison, Failure
+from sparsekit.files import atomic_write
 from sparsekit.report import export, figures, ledger, tables, words
 from sparsekit.report.drawing import Figure
 from sparsekit.report.summary import Summary, TaskSummary, summarise
 from sparsekit.report.tables import Table
-from sparsekit.runs.records import atomic_write
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsekit.methods.interfaces import CurvatureEstimator
 from sparsekit.problem.objective import Objective
-from sparsekit.runs.records import run_key
+from sparsekit.runs.schema import run_key
 
 #: Figure of a step whose statistics were another run's: the seconds that they took there.
 SHARED_SECONDS = "shared/seconds"
@@ -37,7 +37,7 @@ class SharedStatistics:
 
     @staticmethod
     def key(identity: Mapping[str, Any], estimator: type[CurvatureEstimator], options: Any) -> str:
-        """The same for two runs (`provenance.identity`) whose first update is the same but for the damping."""
+        """The same for two runs (`identity.identity`) whose first update is the same but for the damping."""
         settings = {name: value for name, value in identity["settings"].items() if name not in _AFTERWARDS}
         settings["estimator"] = {"name": estimator.name, **estimator.statistics(options)}
         return run_key({**identity, "settings": settings})

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sparsekit.errors import ModelError, RecordError
-from sparsekit.runs.records import MASK_METADATA, read_tensors, write_tensors
+from sparsekit.files import read_tensors, write_tensors
+from sparsekit.runs.directory import MASK_METADATA
 
 MEANING = MASK_METADATA["meaning"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sparsekit.errors import RecordError
-from sparsekit.runs.records import RunDirectory, RunRecord, StepRecord
+from sparsekit.runs.directory import RunDirectory
+from sparsekit.runs.schema import RunRecord, StepRecord
 from sparsekit.runs.tracking import NullTracker
 
 

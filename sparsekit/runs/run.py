@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.errors import DataError, RecordError, SettingsError
+from sparsekit.errors import DataError, RecordError
+from sparsekit.machine import available_memory, describe_machine, find_device, forget_peak_memory, now, peak_memory
 from sparsekit.methods.interfaces import CompensationSettings, CurvatureEstimator, EstimatorSettings, Task
 from sparsekit.methods.schedules import Step, plan
 from sparsekit.problem.objective import Batch, Objective
@@ -21,21 +22,13 @@ from sparsekit.problem.parameters import Mask, ParameterSpace
 from sparsekit.problem.unused import used
 from sparsekit.pruning.pruner import Cut, DenseMeasured, Event, LayerReconstructed, Pruner, PrunerState, StepCompleted
 from sparsekit.reconstruction.fit import LayerFit, Reconstruction
-from sparsekit.registry import builtins
 from sparsekit.registry.registry import Registry
 from sparsekit.runs.curvature_cache import SharedStatistics
-from sparsekit.runs.identity import (
-    available_memory,
-    forget_peak_memory,
-    machine,
-    now,
-    peak_memory,
-    plugins_used,
-    sources,
-)
+from sparsekit.runs.directory import RunDirectory
 from sparsekit.runs.identity import identity as run_identity
+from sparsekit.runs.identity import plugins_used, sources
 from sparsekit.runs.publish import begin, conclude, step_metrics
-from sparsekit.runs.records import LevelRecord, RunDirectory, RunRecord, StepRecord, run_key
+from sparsekit.runs.schema import LevelRecord, RunRecord, StepRecord, run_key
 from sparsekit.runs.settings import ResolvedRun
 from sparsekit.runs.tracking import NullTracker, Tracker, resolve_uri
 
@@ -44,28 +37,6 @@ SAVE_EVERY = 30.0
 
 Listener = Callable[[Event], None]
 Progress = Callable[[str, int, int], None]
-
-
-def load_registry() -> Registry:
-    """The built-ins and every installed plugin."""
-    return Registry(builtins)
-
-
-def find_device(asked: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `cuda:N`.
-
-    Raises:
-        SettingsError: CUDA was asked for and is not there.
-    """
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = asked.partition(":")
-    if kind == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(number or 0) >= count:  # before torch sees it, which takes no number above 127
-            found = f"{count} CUDA devices" if count else "no CUDA device"
-            raise SettingsError(f"device '{asked}' was asked for; torch finds {found} here. Use --device cpu or auto")
-    return torch.device(asked)
 
 
 @dataclass(frozen=True)
@@ -241,7 +212,7 @@ def execute(
             settings=resolved.as_dict(),
             identity=identity,
             started=now(),
-            machine=machine(device),
+            machine=describe_machine(device),
             plugins=plugins_used(resolved, registry),
             structures={name: how for name, how in shown.structures.items() if name in space},
             parameters={"prunable": space.size, "total": space.total, "skipped": space.skipped},
@@ -289,7 +260,7 @@ class _Driver:
         if resume:
             self._restore(pruner)
         else:
-            self.directory.clear_checkpoints()
+            self.directory.checkpoints.clear()
         self.directory.write_settings(self.record.settings)
         self.directory.write(self.record)
         tracker = self._start_tracking()
@@ -377,7 +348,7 @@ class _Driver:
         tensors: dict[str, Tensor] = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"estimator.{k}": v for k, v in pruner.estimator.state_dict().items()}
         tensors["mask"] = state.mask.kept
-        self.directory.save_checkpoint(
+        self.directory.checkpoints.save(
             state.next_step,
             tensors,
             {
@@ -391,7 +362,7 @@ class _Driver:
         self.saved = time.perf_counter()
 
     def _restore(self, pruner: Pruner) -> None:
-        found = self.directory.load_checkpoint()
+        found = self.directory.checkpoints.load()
         if found is None:
             return
         step, tensors, meta = found
@@ -492,7 +463,7 @@ class _Driver:
         tracker.finish("FINISHED")
         if self.untold is None and tracker.failure is not None:
             self._update(**self._told(tracker))
-        self.directory.clear_checkpoints()
+        self.directory.checkpoints.clear()
 
     def _told(self, tracker: NullTracker) -> dict[str, list[str]]:
         """What the record says of a tracker that has failed."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import DataError, RecordError
+from sparsekit.files import replacing
 from sparsekit.methods.interfaces import Split
 from sparsekit.problem.objective import Batch
-from sparsekit.runs.records import replacing
 
 #: By channel, of pixels scaled to [0, 1]; what networks of natural images are trained with, whatever the set.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

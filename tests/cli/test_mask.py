@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsekit.runs import records
+from sparsekit import files
 from sparsekit.runs.masks import write_mask
 
 KEPT = {
@@ -182,7 +182,7 @@ def test_a_disk_that_refuses_leaves_the_old_file_and_nothing_beside_it(mask, run
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     output.write_bytes(b"old")
     refused(mask("apply", run, weights, "--output", output, "--force"), "No space left on device; check free space")
     assert [path.name for path in output.parent.iterdir()] == [output.name]

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from sparsekit.methods.interfaces import Memory
+from sparsekit.machine import Memory
 from sparsekit.runs import run
 
 MIB = 1 << 20

@@ -11,8 +11,8 @@ from sparsekit.compare.executors import Executor, WorkerDied
 from sparsekit.compare.plan import Comparison, Tuning, read
 from sparsekit.compare.spec import ComparisonSettings
 from sparsekit.errors import RecordError
+from sparsekit.registry.installed import load_registry
 from sparsekit.runs.curvature_cache import SHARED_SECONDS, SharedStatistics
-from sparsekit.runs.run import load_registry
 from sparsekit.runs.settings import merge, validated
 
 REGISTRY = load_registry()

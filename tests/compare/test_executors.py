@@ -15,7 +15,7 @@ from sparsekit.errors import SettingsError
 PID = "__import__('os').getpid()"
 THREADS = "__import__('torch').get_num_threads()"
 DIE = "__import__('os').kill(__import__('os').getpid(), 9)"
-FAIL = "__import__('sparsekit.runs.settings').settings.parse_assignment('no such thing')"
+FAIL = "__import__('sparsekit.runs.settings').runs.settings.parse_assignment('no such thing')"
 
 
 @pytest.fixture(scope="module")

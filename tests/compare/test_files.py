@@ -15,7 +15,7 @@ from PIL import Image
 from sparsekit.compare.engine import Engine
 from sparsekit.compare.spec import ComparisonSettings, expand, warnings
 from sparsekit.models import resnet
-from sparsekit.runs.run import load_registry
+from sparsekit.registry.installed import load_registry
 from sparsekit.runs.settings import merge, read_config, validated
 
 FILES = sorted((Path(__file__).parents[2] / "comparisons").glob("*.yaml"))

@@ -4,7 +4,7 @@ import pytest
 
 from sparsekit.compare.spec import ComparisonSettings, departures, expand, warnings
 from sparsekit.errors import PluginError, SettingsError
-from sparsekit.runs.run import load_registry
+from sparsekit.registry.installed import load_registry
 from sparsekit.runs.settings import validated
 
 REGISTRY = load_registry()

@@ -8,8 +8,8 @@ from sparsekit.compare.engine import Engine
 from sparsekit.compare.spec import ComparisonSettings
 from sparsekit.compare.upload import PARENT, Uploader, track
 from sparsekit.errors import RecordError
+from sparsekit.registry.installed import load_registry
 from sparsekit.runs import tracking
-from sparsekit.runs.run import load_registry
 from sparsekit.runs.settings import validated
 from sparsekit.runs.tracking import TrackingError, default_uri, initialise
 

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sparsekit import Categorical, Mask, Objective, ParameterSpace, ScoreContext, builtins
+from sparsekit import Categorical, Mask, Objective, ParameterSpace, ScoreContext
 from sparsekit.methods.patterns import Unstructured
+from sparsekit.registry import builtins
+from sparsekit.registry.installed import load_registry
 from sparsekit.registry.registry import Registry
-from sparsekit.runs.run import load_registry, planned
+from sparsekit.runs.run import planned
 from sparsekit.runs.settings import parse_assignment, resolve
 from sparsekit.testing import dense_removal, dense_rows, exhaustive_removal, greedy_removal, rank_one_inverse
 

@@ -11,7 +11,8 @@ import sparsekit
 from sparsekit import Categorical, Objective, ParameterSpace
 from sparsekit.cli.display import print_summary
 from sparsekit.problem.unused import UNUSED, unused, used
-from sparsekit.runs.run import execute, load_registry
+from sparsekit.registry.installed import load_registry
+from sparsekit.runs.run import execute
 from sparsekit.runs.settings import resolve
 from sparsekit.tasks import Digits
 

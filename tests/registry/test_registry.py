@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsekit import CurvatureEstimator, Preset, Settings, builtins, hookimpl
+from sparsekit import CurvatureEstimator, Preset, Settings, hookimpl
 from sparsekit.errors import PluginError, SettingsError
 from sparsekit.methods.contracts import inverse_of, scores_of
 from sparsekit.methods.estimators import Identity
+from sparsekit.registry import builtins
 from sparsekit.registry.registry import PluginInfo, Registry
 
 

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from sparsekit.compare.plan import FAILURES, PLAN, TUNING, Failure, Plan, PlannedRun, Trial, Tuned, Tuning, write
-from sparsekit.runs.records import LevelRecord, RunDirectory, RunRecord, StepRecord
+from sparsekit.runs.directory import RunDirectory
+from sparsekit.runs.schema import LevelRecord, RunRecord, StepRecord
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 LAYERS = {"conv1.weight": 1000.0, "conv2.weight": 4000.0, "linear.weight": 5000.0, "head.weight": 500.0}

@@ -13,11 +13,11 @@ from html.parser import HTMLParser
 import pytest
 from matplotlib.text import Text
 
+from sparsekit import checksums
 from sparsekit.compare.plan import RUNS
 from sparsekit.errors import RecordError
 from sparsekit.report import export, write_report
 from sparsekit.report.drawing import literal
-from sparsekit.runs import checksums
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from sparsekit.errors import SparsekitError
 from sparsekit.pruning.pruner import StepCompleted
-from sparsekit.runs.run import execute, load_registry
+from sparsekit.registry.installed import load_registry
+from sparsekit.runs.run import execute
 from sparsekit.runs.settings import resolve
 
 REGISTRY = load_registry()

@@ -17,7 +17,8 @@ import mlflow.tracking
 from safetensors.torch import load_file
 import sparsekit.tasks.digits
 from sparsekit.errors import SparsekitError
-from sparsekit.runs.run import execute, load_registry
+from sparsekit.runs.run import execute
+from sparsekit.registry.installed import load_registry
 from sparsekit.runs.settings import resolve
 
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])

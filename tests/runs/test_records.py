@@ -11,18 +11,13 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from sparsekit import files
 from sparsekit.errors import RecordError
+from sparsekit.files import atomic_write
 from sparsekit.problem.parameters import ParameterSpace
-from sparsekit.runs import records
-from sparsekit.runs.records import (
-    SCHEMA_VERSION,
-    LevelRecord,
-    RunDirectory,
-    RunRecord,
-    StepRecord,
-    atomic_write,
-    run_key,
-)
+from sparsekit.runs import checkpoints as checkpoints_module
+from sparsekit.runs.directory import RunDirectory
+from sparsekit.runs.schema import SCHEMA_VERSION, LevelRecord, RunRecord, StepRecord, run_key
 
 SPACE = ParameterSpace({"a.weight": (2, 3), "b.weight": (4, 1)})
 
@@ -203,14 +198,14 @@ def test_atomic_write_replaces_the_old_file(tmp_path):
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    monkeypatch.setattr(records.os, "fsync", refuse(28, "No space left on device"))
+    monkeypatch.setattr(files.os, "fsync", refuse(28, "No space left on device"))
     with pytest.raises(RecordError):
         atomic_write(path, b"new")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"old"}
 
 
 def test_a_failed_write_names_path_and_cause(tmp_path, monkeypatch):
-    monkeypatch.setattr(records.os, "fsync", refuse(28, "No space left on device"))
+    monkeypatch.setattr(files.os, "fsync", refuse(28, "No space left on device"))
     with pytest.raises(RecordError, match=f"cannot write {tmp_path}/file: No space left on device"):
         atomic_write(tmp_path / "file", b"new")
 
@@ -274,43 +269,43 @@ def test_a_mask_that_is_not_bool_is_not_written(run):
 
 
 def checkpoints(run):
-    return sorted(path.name for path in run.checkpoint_path.iterdir())
+    return sorted(path.name for path in run.checkpoints.path.iterdir())
 
 
 def test_no_checkpoint_loads_as_none(run):
-    assert run.load_checkpoint() is None
+    assert run.checkpoints.load() is None
 
 
 def test_checkpoint_is_read_back_as_it_was(run):
     tensors = {"w": torch.randn(3, 2, dtype=torch.float64).T, "rng": torch.get_rng_state()}
-    run.save_checkpoint(4, tensors, {})
-    _, read, _ = run.load_checkpoint()
+    run.checkpoints.save(4, tensors, {})
+    _, read, _ = run.checkpoints.load()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
 
 
 def test_checkpoint_metadata_is_read_back_exactly(run):
     meta = {"level": 1, "loss": 0.1 + 0.2, "worst": float("inf"), "names": ["ä"], "none": None}
-    run.save_checkpoint(4, {}, meta)
-    assert run.load_checkpoint()[2] == meta
+    run.checkpoints.save(4, {}, meta)
+    assert run.checkpoints.load()[2] == meta
 
 
 def test_the_newest_checkpoint_is_loaded(run):
     for index in (9, 10):
-        run.save_checkpoint(index, {}, {})
-    assert run.load_checkpoint()[0] == 10
+        run.checkpoints.save(index, {}, {})
+    assert run.checkpoints.load()[0] == 10
 
 
 def test_only_the_newest_checkpoint_is_kept(run):
     for index in range(3):
-        run.save_checkpoint(index, {}, {})
+        run.checkpoints.save(index, {}, {})
     assert checkpoints(run) == ["00002.safetensors"]
 
 
 def test_the_older_checkpoint_stays_when_the_newer_cannot_be_written(run, monkeypatch):
-    run.save_checkpoint(0, {}, {})
-    monkeypatch.setattr(records.os, "replace", refuse(28, "No space left on device"))
+    run.checkpoints.save(0, {}, {})
+    monkeypatch.setattr(files.os, "replace", refuse(28, "No space left on device"))
     with pytest.raises(RecordError, match="No space left"):
-        run.save_checkpoint(1, {}, {})
+        run.checkpoints.save(1, {}, {})
     assert checkpoints(run) == ["00000.safetensors"]
 
 
@@ -322,145 +317,145 @@ def truncate(path, fraction):
 @pytest.mark.parametrize("fraction", [0, 0.01, 0.5, 0.99])
 def test_a_truncated_checkpoint_is_skipped_for_an_older_one(run, fraction):
     tensors = {"w": torch.randn(50)}
-    run.save_checkpoint(1, tensors, {})
-    whole = (run.checkpoint_path / "00001.safetensors").read_bytes()
-    run.save_checkpoint(2, tensors, {})
-    (run.checkpoint_path / "00001.safetensors").write_bytes(whole)
-    truncate(run.checkpoint_path / "00002.safetensors", fraction)
-    assert run.load_checkpoint()[0] == 1
+    run.checkpoints.save(1, tensors, {})
+    whole = (run.checkpoints.path / "00001.safetensors").read_bytes()
+    run.checkpoints.save(2, tensors, {})
+    (run.checkpoints.path / "00001.safetensors").write_bytes(whole)
+    truncate(run.checkpoints.path / "00002.safetensors", fraction)
+    assert run.checkpoints.load()[0] == 1
 
 
 @pytest.fixture
 def large():
-    return torch.randn(records.LARGE // 4)
+    return torch.randn(checkpoints_module.LARGE // 4)
 
 
 def parts(run):
-    return {path.name: path.stat().st_ino for path in run.checkpoint_path.glob("*.part")}
+    return {path.name: path.stat().st_ino for path in run.checkpoints.path.glob("*.part")}
 
 
 def test_a_large_tensor_that_is_unchanged_is_not_written_again(run, large):
-    run.save_checkpoint(1, {"rows": large, "w": torch.zeros(2)}, {})
+    run.checkpoints.save(1, {"rows": large, "w": torch.zeros(2)}, {})
     before = parts(run)
-    run.save_checkpoint(2, {"rows": large, "w": torch.ones(2)}, {})
+    run.checkpoints.save(2, {"rows": large, "w": torch.ones(2)}, {})
     assert parts(run) == before and len(before) == 1
 
 
 def test_unchanged_large_tensors_are_read_back_beside_those_that_changed(run, large):
     other = torch.randn_like(large)
-    run.save_checkpoint(1, {"rows": large, "other": other}, {})
+    run.checkpoints.save(1, {"rows": large, "other": other}, {})
     other += 1
-    run.save_checkpoint(2, {"rows": large, "other": other, "w": torch.ones(2)}, {})
-    _, read, _ = run.load_checkpoint()
+    run.checkpoints.save(2, {"rows": large, "other": other, "w": torch.ones(2)}, {})
+    _, read, _ = run.checkpoints.load()
     assert {name: tensor.tolist() for name, tensor in read.items()} == {
         "rows": large.tolist(), "other": other.tolist(), "w": [1.0, 1.0]
     }  # fmt: skip
 
 
 def test_a_large_tensor_changed_in_place_is_written_again(run, large):
-    run.save_checkpoint(1, {"rows": large}, {})
+    run.checkpoints.save(1, {"rows": large}, {})
     large[3] = 7.0
-    run.save_checkpoint(2, {"rows": large}, {})
-    assert run.load_checkpoint()[1]["rows"][3] == 7.0
+    run.checkpoints.save(2, {"rows": large}, {})
+    assert run.checkpoints.load()[1]["rows"][3] == 7.0
 
 
 def test_a_large_tensor_that_is_gone_does_not_come_back(run, large):
-    run.save_checkpoint(1, {"rows": large, "old": large + 1}, {})
-    run.save_checkpoint(2, {"rows": large}, {})
-    assert set(run.load_checkpoint()[1]) == {"rows"}
+    run.checkpoints.save(1, {"rows": large, "old": large + 1}, {})
+    run.checkpoints.save(2, {"rows": large}, {})
+    assert set(run.checkpoints.load()[1]) == {"rows"}
 
 
 def test_a_large_tensor_of_inference_mode_is_written_each_time(run):
     with torch.inference_mode():
-        rows = torch.zeros(records.LARGE // 4)
-    run.save_checkpoint(1, {"rows": rows}, {})
+        rows = torch.zeros(checkpoints_module.LARGE // 4)
+    run.checkpoints.save(1, {"rows": rows}, {})
     with torch.inference_mode():
         rows += 1
-    run.save_checkpoint(2, {"rows": rows}, {})
-    assert run.load_checkpoint()[1]["rows"][0] == 1
+    run.checkpoints.save(2, {"rows": rows}, {})
+    assert run.checkpoints.load()[1]["rows"][0] == 1
 
 
 def test_checkpoints_that_were_cleared_are_not_pointed_to(run, large):
-    run.save_checkpoint(1, {"rows": large}, {})
-    run.clear_checkpoints()
-    run.save_checkpoint(2, {"rows": large}, {})
-    assert torch.equal(run.load_checkpoint()[1]["rows"], large)
+    run.checkpoints.save(1, {"rows": large}, {})
+    run.checkpoints.clear()
+    run.checkpoints.save(2, {"rows": large}, {})
+    assert torch.equal(run.checkpoints.load()[1]["rows"], large)
 
 
 def test_a_kill_between_part_and_checkpoint_leaves_the_one_before(run, large, monkeypatch):
-    run.save_checkpoint(1, {"rows": large}, {})
-    write = records.write_tensors
+    run.checkpoints.save(1, {"rows": large}, {})
+    write = checkpoints_module.write_tensors
 
     def killed(path, *rest):
         if path.suffix == ".safetensors":
             raise KeyboardInterrupt
         write(path, *rest)
 
-    monkeypatch.setattr(records, "write_tensors", killed)
+    monkeypatch.setattr(checkpoints_module, "write_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
-        run.save_checkpoint(2, {"rows": large + 1}, {})
-    step, read, _ = run.load_checkpoint()
+        run.checkpoints.save(2, {"rows": large + 1}, {})
+    step, read, _ = run.checkpoints.load()
     assert step == 1 and torch.equal(read["rows"], large)
 
 
 def test_another_process_removes_the_part_only_with_a_checkpoint_of_its_own(run, large):
-    run.save_checkpoint(1, {"rows": large}, {})
+    run.checkpoints.save(1, {"rows": large}, {})
     other = RunDirectory(run.path)
-    _, read, _ = other.load_checkpoint()
-    other.save_checkpoint(1, read, {})
-    assert len(parts(run)) == 1 and torch.equal(RunDirectory(run.path).load_checkpoint()[1]["rows"], large)
+    _, read, _ = other.checkpoints.load()
+    other.checkpoints.save(1, read, {})
+    assert len(parts(run)) == 1 and torch.equal(RunDirectory(run.path).checkpoints.load()[1]["rows"], large)
 
 
 def test_a_part_of_which_most_has_changed_is_made_anew(run, large):
     more = torch.cat([large, large, large])
-    run.save_checkpoint(1, {"rows": large, "more": more}, {})
+    run.checkpoints.save(1, {"rows": large, "more": more}, {})
     before = parts(run)
     more += 1
-    run.save_checkpoint(2, {"rows": large, "more": more}, {})
+    run.checkpoints.save(2, {"rows": large, "more": more}, {})
     assert len(parts(run)) == 1 and parts(run).keys() != before.keys()
 
 
 def test_a_part_that_is_not_whole_makes_its_checkpoint_so(run, large):
-    run.save_checkpoint(1, {"rows": large}, {})
+    run.checkpoints.save(1, {"rows": large}, {})
     for name in parts(run):
-        truncate(run.checkpoint_path / name, 0.5)
+        truncate(run.checkpoints.path / name, 0.5)
     with pytest.raises(RecordError, match="no checkpoint in .* is whole"):
-        run.load_checkpoint()
+        run.checkpoints.load()
 
 
 def test_no_whole_checkpoint_is_an_error(run):
-    run.save_checkpoint(1, {"w": torch.ones(3)}, {})
-    truncate(run.checkpoint_path / "00001.safetensors", 0.5)
+    run.checkpoints.save(1, {"w": torch.ones(3)}, {})
+    truncate(run.checkpoints.path / "00001.safetensors", 0.5)
     with pytest.raises(RecordError, match="no checkpoint in .* is whole; start again with --fresh"):
-        run.load_checkpoint()
+        run.checkpoints.load()
 
 
 def test_what_a_killed_process_left_half_written_is_ignored(run):
-    run.save_checkpoint(1, {}, {})
-    (run.checkpoint_path / ".00002.safetensors.12345678.tmp").write_bytes(b"half")
-    assert run.load_checkpoint()[0] == 1
+    run.checkpoints.save(1, {}, {})
+    (run.checkpoints.path / ".00002.safetensors.12345678.tmp").write_bytes(b"half")
+    assert run.checkpoints.load()[0] == 1
 
 
 def test_what_a_killed_process_left_half_written_goes_with_the_next_checkpoint(run):
-    run.checkpoint_path.mkdir(parents=True)
-    (run.checkpoint_path / ".00002.safetensors.12345678.tmp").write_bytes(b"half")
-    run.save_checkpoint(2, {}, {})
+    run.checkpoints.path.mkdir(parents=True)
+    (run.checkpoints.path / ".00002.safetensors.12345678.tmp").write_bytes(b"half")
+    run.checkpoints.save(2, {}, {})
     assert checkpoints(run) == ["00002.safetensors"]
 
 
 def test_cleared_checkpoints_are_gone(run):
-    run.save_checkpoint(1, {}, {})
-    run.clear_checkpoints()
-    assert not run.checkpoint_path.exists()
+    run.checkpoints.save(1, {}, {})
+    run.checkpoints.clear()
+    assert not run.checkpoints.path.exists()
 
 
 def test_clearing_no_checkpoints_does_nothing(run):
-    run.clear_checkpoints()
+    run.checkpoints.clear()
 
 
 def test_a_discarded_run_is_gone(run):
     run.write(record())
-    run.save_checkpoint(1, {}, {})
+    run.checkpoints.save(1, {}, {})
     run.discard()
     assert not run.path.exists()
 
@@ -477,7 +472,7 @@ def test_a_locked_run_is_refused_to_others(run, tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from sparsekit.runs.records import RunDirectory
+from sparsekit.runs.directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])).lock():
     print("held", flush=True)
     sys.stdin.read()

@@ -11,8 +11,9 @@ from sparsekit.errors import DataError, RecordError
 from sparsekit.methods.interfaces import CompensationSettings
 from sparsekit.methods.schedules import Step
 from sparsekit.pruning.pruner import LayerReconstructed, StepCompleted
+from sparsekit.registry.installed import load_registry
 from sparsekit.runs import tracking
-from sparsekit.runs.run import degradations, execute, load_registry
+from sparsekit.runs.run import degradations, execute
 from sparsekit.runs.settings import resolve
 from sparsekit.runs.tracking import default_uri
 from sparsekit.tasks import Digits

@@ -1,7 +1,7 @@
 import pytest
 
 from sparsekit.errors import SettingsError
-from sparsekit.runs.run import load_registry
+from sparsekit.registry.installed import load_registry
 from sparsekit.runs.settings import merge, parse_assignment, read_config, resolve
 
 

@@ -15,7 +15,8 @@ from torchvision.datasets import CIFAR10
 
 from sparsekit.errors import DataError
 from sparsekit.models import resnet, resnet18
-from sparsekit.runs.run import execute, load_registry
+from sparsekit.registry.installed import load_registry
+from sparsekit.runs.run import execute
 from sparsekit.runs.settings import resolve
 from sparsekit.tasks import Cifar10, cifar10
 

@@ -6,7 +6,8 @@ from torch.testing import assert_close
 from torchvision.models import ResNet18_Weights
 
 from sparsekit.errors import DataError
-from sparsekit.runs.run import execute, load_registry
+from sparsekit.registry.installed import load_registry
+from sparsekit.runs.run import execute
 from sparsekit.runs.settings import resolve
 from sparsekit.tasks import ImageNet, imagenet
 

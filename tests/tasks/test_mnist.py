@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from sparsekit.errors import DataError
-from sparsekit.runs.run import execute, load_registry
+from sparsekit.registry.installed import load_registry
+from sparsekit.runs.run import execute
 from sparsekit.runs.settings import resolve
 from sparsekit.tasks import Mnist, mnist
 from sparsekit.tasks.dense import Recipe

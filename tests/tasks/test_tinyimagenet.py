@@ -7,7 +7,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from sparsekit.errors import DataError
-from sparsekit.runs.run import execute, load_registry
+from sparsekit.registry.installed import load_registry
+from sparsekit.runs.run import execute
 from sparsekit.runs.settings import resolve
 from sparsekit.tasks import TinyImageNet, tinyimagenet
 

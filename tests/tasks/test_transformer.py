@@ -6,7 +6,8 @@ from sparsekit.curvature import GaussNewton
 from sparsekit.errors import DataError
 from sparsekit.problem.objective import Objective
 from sparsekit.problem.parameters import ParameterSpace
-from sparsekit.runs.run import execute, load_registry
+from sparsekit.registry.installed import load_registry
+from sparsekit.runs.run import execute
 from sparsekit.runs.settings import resolve
 from sparsekit.tasks import Digits, DigitsTransformer, transformer
 from sparsekit.tasks.dense import Recipe

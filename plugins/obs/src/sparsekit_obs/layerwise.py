@@ -18,7 +18,7 @@ from sparsekit import (
     Objective,
     ParameterSpace,
 )
-from sparsekit.curvature import input_moments, inputs, layer_groups, per_example_gradients
+from sparsekit.curvature import input_moments, input_moments_memory, layer_groups, per_example_gradients
 from sparsekit.linalg import DirectSum, LinearOperator, RepeatedBlock, Rescaled
 
 
@@ -99,7 +99,7 @@ class LayerwiseSurgeon(CurvatureEstimator):
                 found[name] = b.clamp_min(self.LEAST * float(b.max()) or 1.0).flatten()
         return found
 
-    def _why_zero(self) -> str:
+    def why_zero(self) -> str:
         return "a layer's inputs are all zero; exclude it, or set damping_scale='absolute'"
 
     def inverse(self, damping: float | None = None) -> InverseFisher:
@@ -147,9 +147,9 @@ class LayerwiseSurgeon(CurvatureEstimator):
             fitting = max(1, (settings.slice_mebibytes << 20) // (4 * one))
             largest = max(largest, 2 * count * one, 4 * min(fitting, rows) * one)
         rows = 4 * 3 * settings.batch_size * space.size if settings.allocation == "fisher" else 0
-        return matrices + max(largest, rows) + 3 * inputs.PATCH_BYTES + 4 * 8 * space.size
+        return matrices + max(largest, rows) + input_moments_memory() + 4 * 8 * space.size
 
     @classmethod
     def check(cls, model: nn.Module, space: ParameterSpace, settings: Any, available: Memory) -> None:
         groups = layer_groups(model, space)
-        cls._check_memory(available.device, settings, lambda given: cls._needed(space, given, groups), space.size)
+        cls.check_memory(available.device, settings, lambda given: cls._needed(space, given, groups), space.size)

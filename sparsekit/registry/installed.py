@@ -1,0 +1,11 @@
+"""What is there to run: the built-ins and every installed plugin."""
+
+from __future__ import annotations
+
+from sparsekit.registry import builtins
+from sparsekit.registry.registry import Registry
+
+
+def load_registry() -> Registry:
+    """The built-ins and every installed plugin."""
+    return Registry(builtins)
