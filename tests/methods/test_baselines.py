@@ -101,7 +101,7 @@ def test_the_first_weight_is_the_cheapest_of_all(twelve):
 
 
 def test_the_example_of_a_sparseml_recipe_makes_the_cuts_of_the_recipe():
-    text = (Path(__file__).parents[1] / "docs" / "baselines.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "baselines.md").read_text()
     (assignment,) = re.findall(r'--set "(sparsity=\[.*\])"', text)
     raw = {"schedule": "one-shot", "estimator": "obs", "finetune": {"epochs": 4}}
     steps = planned(resolve(raw | parse_assignment(assignment), load_registry()))
