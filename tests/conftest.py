@@ -1,8 +1,10 @@
+import os
+
 import pytest
 import torch
 
 # Problems here are tiny: more threads only wait for one another, and sums come out the same everywhere.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("SPARSEKIT_TEST_THREADS", "1")))
 
 
 @pytest.fixture
