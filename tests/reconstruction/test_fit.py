@@ -9,8 +9,9 @@ from torch.testing import assert_close
 from sparsekit.errors import DataError, ModelError, SettingsError
 from sparsekit.methods.interfaces import ReconstructionSettings
 from sparsekit.problem.parameters import Mask, ParameterSpace
-from sparsekit.reconstruction import fit as reconstruction
-from sparsekit.reconstruction.fit import OUTPUT_DAMPING, Reconstruction
+from sparsekit.reconstruction import moments, solve
+from sparsekit.reconstruction.fit import Reconstruction
+from sparsekit.reconstruction.solve import OUTPUT_DAMPING
 
 RIDGE = 0.01
 
@@ -210,7 +211,7 @@ def test_after_fine_tuning_what_is_normalised_is_fitted_to_the_dense_networks():
 
 @pytest.mark.parametrize("name", ["mlp", "convolutions"])
 def test_without_factorising_rows_it_is_the_same(name, monkeypatch):
-    monkeypatch.setattr(reconstruction, "DIRECT", 0)
+    monkeypatch.setattr(solve, "DIRECT", 0)
     assert_same(fitted(name)[0], reference(name), rtol=1e-2, atol=1e-3)
 
 
@@ -547,9 +548,9 @@ def test_half_precision_is_fitted_in_single():
 
 @pytest.mark.parametrize("width", [1, 7, 16, 33])
 def test_products_by_halves_are_the_products(width, monkeypatch):
-    monkeypatch.setattr(reconstruction, "SMALLEST_GRAM", 2)
+    monkeypatch.setattr(moments, "SMALLEST_GRAM", 2)
     X = torch.randn(3, 10, width, dtype=torch.float64)
-    assert_close(reconstruction._gram(X), X.mT @ X)
+    assert_close(moments._gram(X), X.mT @ X)
 
 
 def test_the_residual_is_that_of_the_normal_equations():

@@ -1,0 +1,133 @@
+"""Which weights can be fitted: one regression for each, found in a pass over one batch of both networks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.errors import ModelError
+from sparsekit.problem.parameters import ParameterSpace
+from sparsekit.reconstruction.uses import Call, Norm, Piece
+
+
+@dataclass
+class Regression:
+    """One regression: a weight, or rows of it, with all the calls that use them.
+
+    `width` counts the inputs of a row, with the bias where it is fitted too; `rows` the equations there will be.
+    """
+
+    piece: Piece
+    groups: int
+    width: int
+    calls: int
+    bias: Piece | None
+    rows: int
+    norms: tuple[Norm, Norm] | None = None  # that follows, in the pruned and in the dense network; `bias` is of it
+
+    def target(self, Z: Tensor, bias: Tensor | None) -> Tensor:
+        """Outputs (g, rows, out) that give in the pruned network what Z gives in the dense one, once normalised.
+
+        Args:
+            Z: outputs in the dense network.
+            bias: of the normalisation in the pruned one, (out,), as it is now.
+        """
+        if self.norms is None or bias is None:
+            return Z
+        now, dense = self.norms
+        factor = torch.where(now.scale == 0, 1.0, dense.scale / now.scale)
+        shift = torch.where(now.scale == 0, 0.0, now.mean + (dense.bias - bias) / now.scale - factor * dense.mean)
+        return Z * factor.view(self.groups, 1, -1) + shift.view(self.groups, 1, -1)
+
+    @property
+    def name(self) -> str:
+        return self.piece.name
+
+    @property
+    def memory(self) -> int:
+        """Bytes of its statistics, fitted and held out, and of their decomposition."""
+        outputs = (self.piece.stop - self.piece.start) // self.groups
+        return 8 * self.groups * (6 * self.width**2 + 6 * outputs * self.width)
+
+
+def regressions(
+    network: nn.Module,
+    space: ParameterSpace,
+    passes: Mapping[str, tuple[Sequence[Call], Mapping[Piece, Norm]]],
+    others: Mapping[str, str],
+    *,
+    examples: int,
+    fitted: int,
+    positions: int | None,
+    norms: bool,
+) -> tuple[list[Regression], dict[str, str]]:
+    """The regressions in the order in which their weights are first used, and why each other weight has none.
+
+    Args:
+        network: the pruned one.
+        space: the prunable weights.
+        passes: 'pruned' and 'dense' -> the calls of weights in a pass over the first batch, and the normalisations
+            that follow them.
+        others: name of a weight -> by what it is used that is neither a linear map nor a convolution.
+        examples: in the first batch.
+        fitted: examples that are fitted in all.
+        positions: of an example's output that are used at most; None: all.
+        norms: whether the bias of a normalisation that follows a layer without one is fitted.
+
+    Raises:
+        ModelError: the two networks do not use their weights in the same order.
+    """
+    (calls, following), (dense_calls, dense_following) = passes["pruned"], passes["dense"]
+    if [call.weight for call in calls] != [call.weight for call in dense_calls]:
+        raise ModelError("the pruned and the dense network use their weights in different orders")
+    by_piece = {
+        piece: list(uses)
+        for piece, uses in groupby(sorted(calls, key=lambda call: call.weight), key=lambda call: call.weight)
+    }
+    order = list(dict.fromkeys(call.weight for call in calls))
+    biased = Counter(bias for uses in by_piece.values() for bias in {call.bias for call in uses} if bias)
+    found: list[Regression] = []
+    left: dict[str, str] = {}
+    for piece in order:
+        uses = by_piece[piece]
+        reason = _obstacle(piece, uses, order, others)
+        if reason is not None:
+            left[piece.name] = reason
+            continue
+        bias = uses[0].bias if len({call.bias for call in uses}) == 1 else None
+        if bias is not None and (biased[bias] > 1 or not network.get_parameter(bias.name).requires_grad):
+            bias = None  # shared, or frozen: it stays as it is
+        followed = None
+        if norms and len(uses) == 1 and uses[0].bias is None and piece in following:
+            name = following[piece].name
+            if piece in dense_following and sum(norm.name == name for norm in following.values()) == 1:
+                followed = following[piece], dense_following[piece]
+                bias = Piece(name, 0, len(following[piece].bias))
+        rows = sum(call.rows(positions, examples) for call in uses) * fitted // examples
+        width = uses[0].width + (bias is not None)
+        found.append(Regression(piece, uses[0].groups, width, len(uses), bias, rows, followed))
+    covered = {layer.name for layer in found} | {layer.bias.name for layer in found if layer.bias is not None}
+    for name in space.names:
+        if name not in covered:
+            left.setdefault(name, "no linear map or convolution used it when the network ran")
+    return found, left
+
+
+def _obstacle(piece: Piece, uses: Sequence[Call], order: Sequence[Piece], others: Mapping[str, str]) -> str | None:
+    """Why a weight cannot be fitted, where it cannot."""
+    if any(other != piece and _overlap(other, piece) for other in order):
+        return "its rows are used both together and in parts"
+    if piece.name in others:
+        return f"it is used in another way too, by {others[piece.name]}"
+    if len({(call.groups, call.width) for call in uses}) > 1:
+        return "its uses differ in groups"
+    return None
+
+
+def _overlap(one: Piece, other: Piece) -> bool:
+    return one.name == other.name and one.start < other.stop and other.start < one.stop

@@ -1,0 +1,110 @@
+"""A layer's regression as linear algebra: moments in, weights out; no network."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import CurvatureError
+from sparsekit.linalg import KroneckerDiagonal, LinearOperator, RepeatedBlock
+from sparsekit.reconstruction.moments import Moments
+
+#: Inputs of a row up to which its own system is factorised; beyond, all rows are solved by conjugate gradients.
+DIRECT = 1024
+
+#: Added to an output weighting B, relative to the mean of its diagonal: outputs that B forgets keep a say.
+OUTPUT_DAMPING = 1.0
+
+
+class Solution(NamedTuple):
+    """A regression solved.
+
+    Attributes:
+        weights: (g, out, in); the last input is the bias's where it is fitted.
+        before: the weights that it started from, in the same units.
+        scale: of the constant input that the bias belongs to; None: no bias is fitted.
+        iterations, residual: of the solve; the residual of the normal equations, relative to their right side.
+    """
+
+    weights: Tensor
+    before: Tensor
+    scale: float | None
+    iterations: int
+    residual: float
+
+
+def solve(
+    W: Tensor, kept: Tensor, B: Tensor | None, moments: Moments, *, biased: bool, ridge: float, smallest_ridge: float
+) -> Solution:
+    """Minimise E ‖W x̂ − z‖²_B + λ ‖W − W_now‖² over the kept weights.
+
+    Args:
+        W: (g, out, in), the weights now; with `biased` the last input is the bias's.
+        kept: (g, out, in) bool.
+        B: (g, out, out); None for the identity.
+        moments: of the examples that are fitted.
+        biased: whether the last input is constant.
+        ridge: λ in units of the mean of Â's diagonal.
+        smallest_ridge: the least λ in these units: the rounding of the products.
+
+    Raises:
+        CurvatureError: it cannot be solved.
+    """
+    scale = None
+    if biased:
+        # The bias is the weight of a constant input of the size of the others, so that the ridge treats it alike.
+        plain = moments.means(None)[0].diagonal(dim1=1, dim2=2)[:, :-1]
+        scale = float(plain.mean().sqrt()) or 1.0
+        W = torch.cat([W[:, :, :-1], W[:, :, -1:] / scale], dim=2)
+    A, C, _ = moments.means(scale)
+    diagonal = A.diagonal(dim1=1, dim2=2)
+    free = kept & (diagonal > 0)[:, None]  # of inputs that are always zero nothing is known
+    if not bool(free.any()):
+        return Solution(W, W, scale, 0, 0.0)
+    gradient = W @ A - C
+    gradient = gradient if B is None else B @ gradient
+    operator = _operator(A, B, max(ridge, smallest_ridge) * float(diagonal.mean()), W.shape[1])
+    try:
+        minimum = operator.minimise(~free.flatten(), torch.zeros_like(W).flatten(), gradient.flatten())
+    except CurvatureError:
+        raise CurvatureError(
+            f"its regression cannot be solved; raise reconstruction.ridge from {ridge:g}, or give "
+            "more reconstruction.examples"
+        ) from None
+    left = (gradient.flatten() + operator.solve(minimum.solution))[free.flatten()]
+    right = float(gradient[free].norm())
+    residual = float(left.norm()) / right if right > 0 else 0.0
+    return Solution(W + minimum.solution.view_as(W), W, scale, minimum.iterations, residual)
+
+
+def _operator(A: Tensor, B: Tensor | None, ridge: float, outputs: int) -> LinearOperator:
+    """(B ⊗ Â + λI)⁻¹ on the rows of a group after those of the one before."""
+    if B is None and A.shape[1] <= DIRECT:
+        damped = A + ridge * torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
+        return RepeatedBlock(damped, outputs)
+    inner, U = torch.linalg.eigh(A)
+    outer, V = torch.ones(*A.shape[:1], outputs, dtype=A.dtype, device=A.device), None
+    if B is not None:
+        outer, V = torch.linalg.eigh(B)
+    spectrum = outer.clamp_min(0)[:, :, None] * inner.clamp_min(0)[:, None, :] + ridge
+    return KroneckerDiagonal([V, U], spectrum.reciprocal(), orthogonal=True)
+
+
+def output_weighting(B: Tensor, start: int, stop: int, W: Tensor) -> Tensor | None:
+    """B, (g, out, out), for rows `start` to `stop` of a weight, its diagonal one in the mean; None where it is zero.
+
+    Args:
+        B: for the whole weight, in groups of its own, such as a packed projection's three; a layer may see one of them.
+        start: the first of the rows.
+        stop: after the last of them.
+        W: (g, out, in), for its shape, type and device.
+    """
+    whole, outputs = torch.block_diag(*B.to(W))[start:stop, start:stop], W.shape[1]
+    B = torch.stack([whole[i : i + outputs, i : i + outputs] for i in range(0, stop - start, outputs)])
+    unit = B.diagonal(dim1=1, dim2=2).mean()
+    if not float(unit) > 0:
+        return None
+    eye = torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
+    return (B / unit + OUTPUT_DAMPING * eye) / (1 + OUTPUT_DAMPING)
