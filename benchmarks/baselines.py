@@ -26,7 +26,8 @@ from sparsekit import Objective, ParameterSpace
 from sparsekit.machine import peak_memory
 from sparsekit.methods.interfaces import measure
 from sparsekit.methods.schedules import plan
-from sparsekit.pruning.pruner import Pruner, StepCompleted
+from sparsekit.pruning.events import StepCompleted
+from sparsekit.pruning.pruner import Pruner
 from sparsekit.registry.installed import load_registry
 from sparsekit.runs.settings import merge, resolve
 
@@ -68,10 +69,10 @@ def cuts(options: argparse.Namespace, settings: dict[str, Any], dampings: dict[s
     """One estimate, then every damping and compensation at every level: accuracies, seconds, peak memory."""
     task = {"name": "cifar10", "data_dir": options.data_dir, "checkpoint": options.checkpoint}
     run = resolve({"task": task, "schedule": "one-shot", **settings}, load_registry())
-    dataset, given = run.build("task"), run.options["estimator"]
+    dataset, given = run.task.build(), run.estimator.settings
     model = dataset.model()
     space = ParameterSpace.of(model)
-    estimator = run.build("estimator", space)
+    estimator = run.estimator.build(space)
     draw = torch.Generator().manual_seed(options.seed)
     batches = list(dataset.batches("train", batch_size=given.batch_size, limit=given.examples, generator=draw))
     started = time.perf_counter()
@@ -79,7 +80,7 @@ def cuts(options: argparse.Namespace, settings: dict[str, Any], dampings: dict[s
     seconds = {"curvature": time.perf_counter() - started}
     limit = 2000 if options.tune else None  # enough to tell decades of damping apart
     judged = list(dataset.batches(options.split, batch_size=100, limit=limit))
-    steps = [dataclasses.replace(s, refresh=False) for s in plan(LEVELS, run.build("schedule"), independent=True)]
+    steps = [dataclasses.replace(s, refresh=False) for s in plan(LEVELS, run.schedule.build(), independent=True)]
     out: dict[str, Any] = {"accuracy": {}, "increase": {}}
     for how, values in dampings.items():
         for gamma in values:
@@ -90,8 +91,8 @@ def cuts(options: argparse.Namespace, settings: dict[str, Any], dampings: dict[s
                 space=space,
                 likelihood=dataset.likelihood,
                 estimator=estimator,
-                saliency=run.build("saliency"),
-                pattern=run.build("pattern"),
+                saliency=run.saliency.build(),
+                pattern=run.pattern.build(),
                 compensation=compensation,
                 steps=steps,
                 calibration=lambda generator: (),

@@ -30,7 +30,8 @@ from sparsekit import Mask, Objective, ParameterSpace
 from sparsekit.machine import peak_memory
 from sparsekit.methods.interfaces import ReconstructionSettings
 from sparsekit.methods.schedules import plan
-from sparsekit.pruning.pruner import Pruner, StepCompleted
+from sparsekit.pruning.events import StepCompleted
+from sparsekit.pruning.pruner import Pruner
 from sparsekit.reconstruction.fit import Reconstruction
 from sparsekit.registry.installed import load_registry
 from sparsekit.runs.run import execute
@@ -98,10 +99,10 @@ def one_cut(options: argparse.Namespace) -> dict[str, Any]:
     """One estimate, then every compensation and reconstruction at every level."""
     settings, compensations = MASKS[options.mask]
     run = resolve({**base(options), **settings}, load_registry())
-    dataset, given = run.build("task"), run.options["estimator"]
+    dataset, given = run.task.build(), run.estimator.settings
     model = dataset.model()
     space = ParameterSpace.of(model)
-    estimator = run.build("estimator", space)
+    estimator = run.estimator.build(space)
 
     def draw(purpose: int) -> torch.Generator:
         return torch.Generator().manual_seed(1000 * options.seed + purpose)
@@ -112,8 +113,8 @@ def one_cut(options: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     inverse = estimator.inverse()
     estimator.inverse = lambda: inverse
-    steps = [dataclasses.replace(s, refresh=False) for s in plan(LEVELS, run.build("schedule"), independent=True)]
-    saliency = run.build("saliency")
+    steps = [dataclasses.replace(s, refresh=False) for s in plan(LEVELS, run.schedule.build(), independent=True)]
+    saliency = run.saliency.build()
     saliency.score = _once(saliency.score)  # of the dense weights, in every row
     rows = {}
     for compensation, how in product(compensations, HOW):
@@ -127,7 +128,7 @@ def one_cut(options: argparse.Namespace) -> dict[str, Any]:
             likelihood=dataset.likelihood,
             estimator=estimator,
             saliency=saliency,
-            pattern=run.build("pattern"),
+            pattern=run.pattern.build(),
             compensation=run.settings.compensation.model_copy(update={"how": compensation}),
             steps=steps,
             calibration=lambda generator: batches,
@@ -226,7 +227,7 @@ def finetuning(options: argparse.Namespace) -> None:
 def cost(options: argparse.Namespace) -> None:
     """Reconstruction from 1,024 images in plain training steps of batch 128, by the processor's seconds, turn about."""
     run = resolve(base(options), load_registry())
-    dataset = run.build("task")
+    dataset = run.task.build()
     dense = dataset.model()
     space = ParameterSpace.of(dense)
     weights = space.read(dense)

@@ -19,10 +19,11 @@ from sparsekit.problem.networks import check_kind, copied, without_autocast
 from sparsekit.problem.objective import Batch, Objective, pairs
 from sparsekit.problem.parameters import Mask, ParameterSpace
 from sparsekit.problem.unused import used
-from sparsekit.pruning.pruner import Metrics, Pruner, StepCompleted
+from sparsekit.pruning.events import Metrics, StepCompleted
+from sparsekit.pruning.pruner import Pruner
 from sparsekit.reconstruction.fit import Reconstruction
 from sparsekit.registry.installed import load_registry
-from sparsekit.runs.run import degradations
+from sparsekit.runs.degraded import degradations
 from sparsekit.runs.settings import ResolvedRun, resolve
 
 #: Batches of data that have no length: who gives more, gives something with one.
@@ -140,9 +141,9 @@ def prune(
     device = next(model.parameters()).device
     batches = _ending(data, "data", available_memory(device).host // 2)
     resolved = _fitted(resolved, batches)
-    resolved.classes["estimator"].check(model, space, resolved.options["estimator"], available_memory(device))
+    resolved.estimator.cls.check(model, space, resolved.estimator.settings, available_memory(device))
     Objective(model, likelihood, batches, space).check()
-    options: Any = resolved.options["estimator"]
+    options = resolved.estimator.settings
     some = _some(batches, options.examples, options.batch_size)
     space, degraded = used(Objective(model, likelihood, some, space), included=include is not None)
     how = resolved.settings.reconstruction
@@ -155,13 +156,13 @@ def prune(
         model=model,
         space=space,
         likelihood=likelihood,
-        estimator=resolved.build("estimator", space),
-        saliency=resolved.build("saliency"),
-        pattern=resolved.build("pattern"),
+        estimator=resolved.estimator.build(space),
+        saliency=resolved.saliency.build(),
+        pattern=resolved.pattern.build(),
         compensation=resolved.settings.compensation,
         steps=plan(
             resolved.sparsity,
-            resolved.build("schedule"),
+            resolved.schedule.build(),
             steps=steps,
             substeps=substeps,
             finetune=resolved.finetune.epochs > 0,
@@ -242,7 +243,7 @@ class _Bounded:
 
 def _fitted(resolved: ResolvedRun, batches: Iterable[Batch]) -> ResolvedRun:
     """The run with as many examples as there are where nobody set a number."""
-    given: Any = resolved.options["estimator"]
+    given = resolved.estimator.settings
     how = resolved.settings.reconstruction
     most = 0 if "examples" in resolved.settings.estimator else given.examples
     if how.how != "none" and "examples" not in how.model_fields_set:

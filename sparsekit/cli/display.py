@@ -14,8 +14,9 @@ from rich.table import Table
 from sparsekit.cli.terminal import console as terminal
 from sparsekit.cli.terminal import marked
 from sparsekit.problem.unused import UNUSED
-from sparsekit.pruning.pruner import Event, PhaseStarted, StepCompleted
-from sparsekit.runs.run import Outcome, Preview, planned
+from sparsekit.pruning.events import Event, PhaseStarted, StepCompleted
+from sparsekit.runs.preview import Preview, planned
+from sparsekit.runs.run import Outcome
 from sparsekit.runs.settings import ResolvedRun
 from sparsekit.runs.tracking import ui_command
 
@@ -34,7 +35,7 @@ class ProgressDisplay:
             disable=not sys.stderr.isatty(),
             transient=True,
         )
-        name, task = resolved.classes["estimator"].name, resolved.classes["task"].name
+        name, task = resolved.estimator.cls.name, resolved.task.cls.name
         self._steps: TaskID = self._bars.add_task(f"{name} on {task}", total=len(planned(resolved)), note="")
         self._phase: TaskID = self._bars.add_task("prepare", total=None, note="")
 

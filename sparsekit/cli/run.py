@@ -13,7 +13,8 @@ import typer
 from sparsekit.cli.display import ProgressDisplay, print_preview, print_summary, summary
 from sparsekit.cli.terminal import keep
 from sparsekit.registry.installed import load_registry
-from sparsekit.runs.run import execute, preview
+from sparsekit.runs.preview import preview
+from sparsekit.runs.run import execute
 from sparsekit.runs.settings import merge, parse_assignment, read_config, resolve
 
 

@@ -42,7 +42,7 @@ from sparsekit.runs.addresses import redacted
 from sparsekit.runs.curvature_cache import SharedStatistics
 from sparsekit.runs.directory import RunDirectory
 from sparsekit.runs.identity import identity, plugins_used, sources
-from sparsekit.runs.run import preview, with_examples
+from sparsekit.runs.preview import preview, with_examples
 from sparsekit.runs.schema import run_key
 from sparsekit.runs.settings import ResolvedRun, resolve
 
@@ -111,7 +111,7 @@ def sketch(given: ComparisonSettings, registry: Registry) -> Sketch:
 def _memory(point: Point) -> int:
     """Bytes that a worker with a point's run needs at most; refuses what cannot work."""
     try:
-        needed = preview(with_examples(point.resolved, point.resolved.build("task"))).memory
+        needed = preview(with_examples(point.resolved, point.resolved.task.build())).memory
     except SparsekitError as error:
         raise type(error)(f"{point.name}: {error}") from error
     fitting = point.resolved.settings.reconstruction
@@ -255,7 +255,7 @@ class Engine:
                 task, found, _ = self._source(own)
                 own = with_examples(own, task)
                 key = run_key(identity(own, self.registry, found, find_device(own.settings.device)))
-                path = RunDirectory.of(Path(RUNS), task.name, own.classes["estimator"].name, key).path
+                path = RunDirectory.of(Path(RUNS), task.name, own.estimator.cls.name, key).path
                 runs.append(
                     PlannedRun(
                         axes=point.axes,
@@ -283,7 +283,7 @@ class Engine:
         """The task, hashes of its dense network and data, and what a forward pass costs; trained at first use."""
         key = str(resolved.as_dict()["task"])
         if key not in self._sources:
-            task: Task = resolved.build("task")
+            task = resolved.task.build()
             task.device = find_device(resolved.settings.device)
             task.progress = lambda done, total: self.tell(f"preparing {task.name}", done, total)
             model = task.model()
@@ -299,7 +299,7 @@ class Engine:
             resolved = with_examples(resolved, task)
             device = find_device(resolved.settings.device)
             of = identity(resolved, self.registry, found, device)
-            key = SharedStatistics.key(of, resolved.classes["estimator"], resolved.options["estimator"])
+            key = SharedStatistics.key(of, resolved.estimator.cls, resolved.estimator.settings)
             groups.setdefault(key, []).append(run)
         return [tuple(group) for group in groups.values()]
 
@@ -367,7 +367,7 @@ def _varies(points: Sequence[Point]) -> list[str]:
 
 
 def _magnitude(points: Sequence[Point]) -> str | None:
-    found = (p.method for p in points if p.resolved.classes["saliency"].name == "magnitude")
+    found = (p.method for p in points if p.resolved.saliency.cls.name == "magnitude")
     return next(found, None)
 
 

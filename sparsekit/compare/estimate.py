@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 
 from sparsekit.machine import find_device
-from sparsekit.methods.interfaces import Task
-from sparsekit.runs.run import planned
+from sparsekit.runs.preview import planned
 from sparsekit.runs.settings import ResolvedRun
 
 # In units of a forward and backward pass of one example.
@@ -20,9 +18,9 @@ _FIT = 5.0  # layers fitted to the dense network's, by anchor and cut
 
 def passes(resolved: ResolvedRun, *, shared: bool = False) -> float:
     """Forward and backward passes of single examples that a run makes; `shared`: its first estimate is another's."""
-    task: Task = resolved.build("task")
+    task = resolved.task.build()
     resolved = resolved.fitted(task.size("train"))
-    given: Any = resolved.options["estimator"]
+    given = resolved.estimator.settings
     fitting, recipe = resolved.settings.reconstruction, resolved.finetune
     steps = planned(resolved)
     judged = _FORWARD * task.size(resolved.settings.split)
@@ -40,7 +38,7 @@ def passes(resolved: ResolvedRun, *, shared: bool = False) -> float:
 
 def seconds_of_an_example(resolved: ResolvedRun, batch_size: int = 64) -> float:
     """Seconds of a forward and backward pass of one example, measured on the untrained network."""
-    task: Task = resolved.build("task")
+    task = resolved.task.build()
     device = find_device(resolved.settings.device)
     model = task.network().to(device)
     inputs, targets = next(iter(task.batches("train", batch_size=batch_size, limit=batch_size)))

@@ -114,22 +114,22 @@ class Point:
     @property
     def axes(self) -> dict[str, str]:
         """What it is, in words: the same keys for every point of a comparison."""
-        run, classes = self.resolved.settings, self.resolved.classes
+        run, names = self.resolved.settings, self.resolved.names
         parts = {1: ""}.get(run.substeps, f", {run.substeps} sub-steps")
         return {
-            "task": classes["task"].name,
+            "task": names["task"],
             "method": self.method,
             "compensation": run.compensation.how,
             "reconstruction": run.reconstruction.how,
-            "pattern": classes["pattern"].name,
-            "schedule": f"{classes['schedule'].name}{parts}",
+            "pattern": names["pattern"],
+            "schedule": f"{names['schedule']}{parts}",
             **self.chosen,
         }
 
     @property
     def tunable(self) -> bool:
         """Whether a damping has any influence on it."""
-        return self.resolved.classes["estimator"] is not Identity
+        return self.resolved.estimator.cls is not Identity
 
 
 def expand(given: ComparisonSettings, registry: Registry) -> list[Point]:
@@ -246,7 +246,7 @@ def departures(point: Point, registry: Registry) -> dict[str, Any]:
         plain: dict[str, Any] = {"preset": resolved.settings.preset}
         kinds += ["compensation", "reconstruction", "schedule"]
     else:
-        plain = {kind: resolved.classes[kind].name for kind in COMPONENTS}
+        plain = {kind: resolved.names[kind] for kind in COMPONENTS}
     given = resolved.as_dict()
     published = resolve({**plain, "task": given["task"]}, registry).as_dict()
     found = {
@@ -277,11 +277,11 @@ def warnings(given: ComparisonSettings, points: Sequence[Point]) -> list[str]:
         found.append("the points are fine-tuned by different recipes")
     if len({(run.settings.include, run.settings.exclude) for run in runs}) > 1:
         found.append("the points prune different parameters")
-    plain = [p for p in points if p.resolved.classes["saliency"].name == "magnitude"]
+    plain = [p for p in points if p.resolved.saliency.cls.name == "magnitude"]
     for how in sorted({p.axes["reconstruction"] for p in points}):
         if not any(p.axes["reconstruction"] == how for p in plain):
             found.append(f"no magnitude baseline with reconstruction '{how}': what the mask is worth is not shown")
-    examples = {p.resolved.options["estimator"].examples for p in points if p.tunable}  # type: ignore[attr-defined]
+    examples = {p.resolved.estimator.settings.examples for p in points if p.tunable}
     if len(examples) > 1:
         found.append(
             f"the estimators see different numbers of examples ({', '.join(map(str, sorted(examples)))}): the view 'as "

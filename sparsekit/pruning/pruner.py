@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsekit.curvature import GaussNewton
-from sparsekit.errors import CurvatureError, SettingsError
-from sparsekit.linalg import MatrixFree
-from sparsekit.methods.contracts import inverse_of, scores_of
+from sparsekit.errors import SettingsError
+from sparsekit.methods.contracts import inverse_of
 from sparsekit.methods.interfaces import (
     CompensationSettings,
     CurvatureEstimator,
@@ -26,136 +20,30 @@ from sparsekit.methods.interfaces import (
     Pattern,
     ReconstructionSettings,
     Saliency,
-    ScoreContext,
-    Units,
 )
 from sparsekit.methods.schedules import Step
 from sparsekit.problem.likelihoods import Likelihood
 from sparsekit.problem.networks import copied
 from sparsekit.problem.objective import Batch, Objective
 from sparsekit.problem.parameters import Mask, ParameterSpace
+from sparsekit.pruning.clock import Clock
 from sparsekit.pruning.collapse import constant_outputs, emptied, silenced
+from sparsekit.pruning.cut import Surgeon
+from sparsekit.pruning.events import (
+    Cut,
+    DenseMeasured,
+    Event,
+    LayerReconstructed,
+    Metrics,
+    PhaseStarted,
+    PrunerState,
+    Reconstructed,
+    StepCompleted,
+)
 from sparsekit.pruning.finetune import finetune
-from sparsekit.reconstruction.fit import LayerFit, Reconstruction, output_moments
+from sparsekit.pruning.seeds import generator_for, seeded
+from sparsekit.reconstruction.fit import Reconstruction, output_moments
 from sparsekit.removal import InverseFisher, Removal
-
-Metrics = Mapping[str, float]
-
-
-# -- events ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class DenseMeasured:
-    """The dense network, before anything is done to it.
-
-    Attributes:
-        metrics: its own.
-        seconds: that measuring took.
-    """
-
-    metrics: Metrics
-    seconds: float
-
-
-@dataclass(frozen=True)
-class PhaseStarted:
-    """A phase of a step begins: 'curvature', 'removal', 'reconstruction', 'finetune' or 'measure'."""
-
-    phase: str
-    step: Step
-
-
-@dataclass(frozen=True)
-class LayerReconstructed:
-    """A layer was fitted; the model and the pruner's state are what a checkpoint may hold."""
-
-    step: Step
-    fit: LayerFit
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What is known of a step once its weights are removed: plain data.
-
-    Attributes:
-        damping: γ of the inverse used.
-        curvature: figures of the estimator, empty without a refresh.
-        loss: the mean over the calibration examples before the cut.
-        predicted_increase, measured_increase: of that loss, by this cut, before any reconstruction: the quadratic
-            model speaks of the cut and its compensation.
-        iterations, residual: of the joint solve.
-        fell_back: whether joint compensation came out worse than none, which was applied instead.
-        seconds: by phase.
-        collapsed: a sentence for each tensor whose last weights this cut took, and one where the output depends no
-            longer on the input, or more than half of it.
-    """
-
-    damping: float
-    curvature: Metrics
-    loss: float
-    predicted_increase: float
-    measured_increase: float
-    iterations: int
-    residual: float
-    fell_back: bool
-    seconds: Metrics
-    collapsed: Sequence[str] = field(default=(), kw_only=True)
-
-
-@dataclass(frozen=True)
-class Reconstructed:
-    """What came of the layers after a cut.
-
-    Attributes:
-        increase: of the loss over the calibration examples, by reconstruction; mostly negative.
-        layers: in the order in which they were fitted.
-        left: name of a weight -> why it is as the cut left it.
-    """
-
-    increase: float
-    layers: Sequence[LayerFit]
-    left: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class StepCompleted(Cut):
-    """A step is over; the model and the mask are what a checkpoint should hold.
-
-    Attributes:
-        step: the plan's step.
-        removed: weights removed in all.
-        reconstruction: what it did; None without.
-        pruned, finetuned: metrics after each phase, where measured.
-        layer_sparsity: by parameter.
-    """
-
-    step: Step
-    removed: int
-    reconstruction: Reconstructed | None
-    pruned: Metrics | None
-    finetuned: Metrics | None
-    layer_sparsity: Metrics
-
-
-Event = DenseMeasured | PhaseStarted | LayerReconstructed | StepCompleted
-
-
-@dataclass
-class PrunerState:
-    """What the next step needs, and a checkpoint holds. The model's own state travels beside it.
-
-    Attributes:
-        next_step: index of the step that is to be done, or goes on.
-        mask: None before the first.
-        dense: metrics.
-        cut: of that step, once its weights are removed.
-        fits: of its layers that are reconstructed already.
-    """
-
-    next_step: int = 0
-    mask: Mask | None = None
-    dense: Metrics | None = None
-    cut: Cut | None = None
-    fits: tuple[LayerFit, ...] = ()
 
 
 def _update(
@@ -227,7 +115,7 @@ class Pruner:
         if state.mask is None:
             state.mask = Mask.full(self.space.size, device)
         if state.dense is None:
-            clock = _Clock(device)
+            clock = Clock(device)
             state.dense = self.measure(self.model)
             clock.lap("measure")
             yield DenseMeasured(state.dense, clock.seconds["measure"])
@@ -237,7 +125,7 @@ class Pruner:
     def _step(self, step: Step, device: torch.device) -> Iterator[Event]:
         state = self.state
         assert state.mask is not None
-        clock = _Clock(device)
+        clock = Clock(device)
         self._refined: Metrics = {}  # what the last update while fine-tuning told
         if step.restart and state.cut is None:
             self.model.load_state_dict(self._dense)
@@ -286,7 +174,7 @@ class Pruner:
             **known,
         )
 
-    def _remove(self, step: Step, objective: Objective, clock: _Clock) -> Iterator[Event]:
+    def _remove(self, step: Step, objective: Objective, clock: Clock) -> Iterator[Event]:
         """Curvature and cut; what is known of it afterwards is `state.cut`."""
         yield self._started("curvature", step)
         curvature: Metrics = {}
@@ -323,7 +211,7 @@ class Pruner:
         )
         clock.seconds.clear()
 
-    def _reconstruct(self, step: Step, anchor: nn.Module, clock: _Clock) -> Generator[Event, None, Mapping[str, str]]:
+    def _reconstruct(self, step: Step, anchor: nn.Module, clock: Clock) -> Generator[Event, None, Mapping[str, str]]:
         """Fit the layers that are left to fit; returns those that cannot be, and why."""
         if self.anchors is None or self.state.mask is None:
             raise SettingsError("reconstruction needs examples: give the pruner `anchors`")
@@ -359,35 +247,16 @@ class Pruner:
 
     def _cut(self, step: Step, inverse: InverseFisher, objective: Objective) -> Removal:
         """Score, choose, remove; the model, the mask and the estimator follow."""
-        weights, mask, how = self.space.read(self.model), self.state.mask, self.compensation
-        assert mask is not None
+        assert self.state.mask is not None
+        weights = self.space.read(self.model)
         generator = self._generator("saliency", step.index, weights.device)
-        context = _Context(weights, mask, inverse, objective, self.pattern.units(self.space), generator)
-        scores = scores_of(self.saliency, context)
-        if not bool(scores[mask.kept].isfinite().all()):
-            raise CurvatureError(f"the saliency '{self.saliency.name}' gave scores that are not finite")
-        chosen = self.pattern.choose(scores, mask, self.pattern.count(self.space, step.sparsity), self.space)
-        gradient = how.first_order * context.gradient if how.first_order else None
-        if how.how == "exact":
-            removal = self._exact(inverse, objective).remove(weights, mask, chosen, "joint", gradient, how.scale)
-        else:
-            removal = inverse.remove(weights, mask, chosen, how.how, gradient, how.scale)
-        self.state.mask = mask.without(chosen)
+        surgeon = Surgeon(self.saliency, self.pattern, self.compensation)
+        removal, mask = surgeon.remove(weights, self.state.mask, step.sparsity, inverse, objective, generator)
+        self.state.mask = mask
         self.space.write(self.model, weights + removal.delta)
-        self.state.mask.apply(self.space, self.model)
-        self.estimator.shrink(self.state.mask)
+        mask.apply(self.space, self.model)
+        self.estimator.shrink(mask)
         return removal
-
-    def _exact(self, inverse: InverseFisher, objective: Objective) -> InverseFisher:
-        """The calibration examples' Gauss-Newton matrix in place of the estimator's, which preconditions it."""
-        fisher, gamma = GaussNewton(objective), self.compensation.damping or inverse.damping
-        operator = MatrixFree(
-            lambda v: (fisher @ v.to(objective.dtype)).to(v.dtype) + gamma * v,
-            inverse.operator,
-            tolerance=self.compensation.tolerance,
-            max_iterations=self.compensation.max_iterations,
-        )
-        return InverseFisher(operator, gamma)
 
     @property
     def _is_of_the_loss(self) -> bool:
@@ -397,7 +266,7 @@ class Pruner:
         self._phase = phase
         return PhaseStarted(phase, step)
 
-    def _finetune(self, step: Step, clock: _Clock) -> None:
+    def _finetune(self, step: Step, clock: Clock) -> None:
         training, mask, every = self.training, self.state.mask, self.finetune_settings.refine_every
         assert training is not None and mask is not None
         generator = self._generator("finetune", step.index)
@@ -415,7 +284,7 @@ class Pruner:
                 self._refined = {f"refined/{name}": value for name, value in figures.items()}
                 clock.lap("curvature")
 
-        with _seeded(self._generator("dropout", step.index).initial_seed(), mask.kept.device):
+        with seeded(self._generator("dropout", step.index).initial_seed(), mask.kept.device):
             finetune(
                 self.model,
                 self.likelihood,
@@ -436,11 +305,7 @@ class Pruner:
         return max((s.index for s in self.steps[: step.index + 1] if s.refresh), default=0)
 
     def _generator(self, purpose: str, index: int, device: torch.device | None = None) -> torch.Generator:
-        """A generator of its own for each purpose and step, so that resuming needs no generator's state."""
-        digest = hashlib.sha256(f"{self.seed}/{purpose}/{index}".encode()).digest()
-        generator = torch.Generator(device or torch.device("cpu"))
-        generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        return generator
+        return generator_for(self.seed, purpose, index, device)
 
 
 class _Watched(Sequence[Batch]):
@@ -460,74 +325,3 @@ class _Watched(Sequence[Batch]):
         for done, batch in enumerate(self._batches):
             self._tell(done)
             yield batch
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Layers such as dropout draw from torch's global generators: seeded here, and put back as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-class _Context(ScoreContext):
-    def __init__(
-        self,
-        weights: Tensor,
-        mask: Mask,
-        inverse: InverseFisher,
-        objective: Objective,
-        units: Units | None,
-        generator: torch.Generator,
-    ) -> None:
-        self._weights, self._mask, self._inverse = weights, mask, inverse
-        self._objective, self._units, self._generator = objective, units, generator
-
-    @property
-    def weights(self) -> Tensor:
-        return self._weights
-
-    @property
-    def mask(self) -> Mask:
-        return self._mask
-
-    @property
-    def inverse(self) -> InverseFisher:
-        return self._inverse
-
-    @cached_property
-    def gradient(self) -> Tensor:
-        if not self._objective.batches:
-            raise SettingsError("the saliency needs the gradient, and there are no examples; set estimator.examples")
-        return self._objective.gradient()
-
-    @property
-    def space(self) -> ParameterSpace:
-        return self._objective.space
-
-    @property
-    def units(self) -> Units | None:
-        return self._units
-
-    @property
-    def generator(self) -> torch.Generator:
-        return self._generator
-
-
-class _Clock:
-    """Seconds by phase; waits for the device, so that a phase pays for its own work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds: dict[str, float] = {}
-        self._last = self._now()
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        now = self._now()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now

@@ -41,7 +41,7 @@ def identity(
 
 def plugins_used(resolved: ResolvedRun, registry: Registry) -> list[dict[str, Any]]:
     """Name, distribution and version of each plugin that a run uses."""
-    providers = (registry.provider(kind, resolved.classes[kind].name) for kind in COMPONENTS)
+    providers = (registry.provider(kind, resolved.names[kind]) for kind in COMPONENTS)
     infos = {(info.name, info.distribution): info for info in providers}
     return [{"name": info.name, "distribution": info.distribution, "version": info.version} for info in infos.values()]
 

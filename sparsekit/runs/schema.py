@@ -17,11 +17,11 @@ SCHEMA_VERSION = 1
 
 class _Schema(BaseModel):
     # Strict JSON has no infinity: it is written as the string "Infinity" and read back as a float.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", from_attributes=True)
 
 
 class LayerFitRecord(_Schema):
-    """How a layer was fitted to what it gives in the dense network."""
+    """How a layer was fitted to what it gives in the dense network: a `LayerFit` by the same names."""
 
     name: str = Field(description="of the weight, with its rows where only some were fitted at a time")
     error_before: float = Field(description="relative squared error of its outputs, on the examples fitted")
@@ -57,7 +57,7 @@ class LevelRecord(_Schema):
 
 
 class StepRecord(_Schema):
-    """One cut on the way to a level."""
+    """One cut on the way to a level: what the loop's `StepCompleted` tells, by the same names."""
 
     index: int = Field(ge=0, description="from 0, over the whole run")
     sparsity: float = Field(description="after the step, as a fraction of the prunable weights")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
@@ -15,11 +15,17 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from sparsekit.errors import SettingsError
 from sparsekit.methods.interfaces import (
     CompensationSettings,
+    CurvatureEstimator,
     EstimatorSettings,
     FinetuneSettings,
+    Pattern,
     ReconstructionSettings,
+    Saliency,
+    Schedule,
     Settings,
     Split,
+    Task,
+    TaskSettings,
 )
 from sparsekit.methods.plain_values import shown, unwritable
 from sparsekit.methods.schedules import check_cuts
@@ -30,6 +36,8 @@ from sparsekit.runs.addresses import redacted
 Sparsity = Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights removed, in [0, 1)")]
 
 T = TypeVar("T", bound=BaseModel)
+C = TypeVar("C")
+S = TypeVar("S", bound=Settings)
 
 #: The components of a run: each has a name and its own settings.
 COMPONENTS = ("task", "estimator", "saliency", "schedule", "pattern")
@@ -108,20 +116,41 @@ class RunSettings(Settings):
 
 
 @dataclass(frozen=True)
+class Component(Generic[C, S]):
+    """A component by name, with its settings.
+
+    Attributes:
+        cls: its class.
+        settings: validated.
+    """
+
+    cls: type[C]
+    settings: S
+
+    def build(self, *given: object) -> C:
+        """The component, made from its settings; `given` are its constructor's arguments before them."""
+        make: Callable[..., C] = self.cls
+        return make(*given, self.settings)
+
+
+@dataclass(frozen=True)
 class ResolvedRun:
     """Settings with every name found and every component's settings validated.
 
     Attributes:
         settings: the run's.
-        classes, options: kind -> class and validated settings of each component.
+        task, estimator, saliency, schedule, pattern: the components.
         finetune: the task's recipe with the run's changes.
         sparsity: increasing.
         independent: whether each level starts from the dense weights.
     """
 
     settings: RunSettings
-    classes: Mapping[str, type[Any]]
-    options: Mapping[str, Settings]
+    task: Component[Task, TaskSettings]
+    estimator: Component[CurvatureEstimator, EstimatorSettings]
+    saliency: Component[Saliency, Settings]
+    schedule: Component[Schedule, Settings]
+    pattern: Component[Pattern, Settings]
     finetune: FinetuneSettings
     sparsity: tuple[float, ...]
     independent: bool
@@ -129,25 +158,31 @@ class ResolvedRun:
     def as_dict(self) -> dict[str, Any]:
         """Everything, resolved, as plain data: what `run.yaml` holds and `--config` reads back."""
         out = self.settings.model_dump(mode="json")
-        for kind in COMPONENTS:
-            out[kind] = {"name": self.classes[kind].name, **self.options[kind].model_dump(mode="json")}
+        for kind, name in self.names.items():
+            out[kind] = {"name": name, **getattr(self, kind).settings.model_dump(mode="json")}
         out["finetune"] = self.finetune.model_dump(mode="json")
         out["sparsity"] = list(self.sparsity)
         if self.settings.tracking.uri is not None:  # records are shared; what is secret stays with the user
             out["tracking"]["uri"] = redacted(self.settings.tracking.uri)
         return out
 
-    def build(self, kind: str, *args: Any) -> Any:
-        """The component of a kind, made from its settings."""
-        return self.classes[kind](*args, self.options[kind])
+    @property
+    def names(self) -> dict[str, str]:
+        """Kind of component -> name."""
+        return {
+            "task": self.task.cls.name,
+            "estimator": self.estimator.cls.name,
+            "saliency": self.saliency.cls.name,
+            "schedule": self.schedule.cls.name,
+            "pattern": self.pattern.cls.name,
+        }
 
     def fitted(self, available: int) -> ResolvedRun:
         """This run with examples that nobody set as many as are `available`, at most the default.
 
         Numbers that were asked for stay as they are, and so do those that the other settings let be no smaller.
         """
-        options, how = self.options["estimator"], self.settings.reconstruction
-        assert isinstance(options, EstimatorSettings)
+        options, how = self.estimator.settings, self.settings.reconstruction
         estimator, most = self.settings.estimator, options.fitting(min(options.examples, available))
         if "examples" not in estimator and 0 < most < options.examples:
             options = validated(type(options), {**options.model_dump(), "examples": most}, "estimator")
@@ -157,7 +192,7 @@ class ResolvedRun:
         if estimator is self.settings.estimator and how is self.settings.reconstruction:
             return self
         settings = self.settings.model_copy(update={"estimator": estimator, "reconstruction": how})
-        return replace(self, settings=settings, options={**self.options, "estimator": options})
+        return replace(self, settings=settings, estimator=replace(self.estimator, settings=options))
 
 
 def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
@@ -172,50 +207,64 @@ def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
         raw = _over_preset(raw, registry)
     names = {kind: RunSettings.model_fields[kind].get_default() for kind in COMPONENTS}
     settings = validated(RunSettings, merge(names, raw), "")
-    classes: dict[str, type[Any]] = {}
-    options: dict[str, Settings] = {}
-    for kind in COMPONENTS:
-        given = dict(getattr(settings, kind))
-        name = given.pop("name", None)
-        if not isinstance(name, str):
-            raise SettingsError(f"{kind} needs a name; known: {', '.join(registry.names(kind))}")
-        classes[kind] = registry.get(kind, name)
-        options[kind] = validated(classes[kind].Settings, given, kind)
-    unit = classes["estimator"].unit(options["estimator"])
-    if classes["pattern"].across_layers and unit == "layer":
-        raise SettingsError(
-            f"the scores of the estimator '{classes['estimator'].name}' compare within a layer only, and the pattern "
-            f"'{classes['pattern'].name}' compares layers; use --pattern uniform or n:m"
-        )
-    how = settings.compensation
-    if how.how == "exact" and how.damping is None and unit != "loss":
-        raise SettingsError(
-            f"the damping of the estimator '{classes['estimator'].name}' is not in units of the Fisher; give exact "
-            "compensation its own: compensation.damping"
-        )
-    if classes["saliency"].of_groups and not classes["pattern"].has_groups():
-        raise SettingsError(
-            f"the saliency '{classes['saliency'].name}' scores groups, and the pattern '{classes['pattern'].name}' has "
-            "none; use it with --pattern n:m or block"
-        )
-    options["estimator"] = _with_examples(settings, classes["saliency"], options["estimator"])
-    task = classes["task"]
-    recipe = validated(FinetuneSettings, {**task.finetune.model_dump(), **settings.finetune}, "finetune")
+    task: Component[Task, TaskSettings] = _component(settings.task, "task", registry)
+    estimator: Component[CurvatureEstimator, EstimatorSettings] = _component(settings.estimator, "estimator", registry)
+    saliency: Component[Saliency, Settings] = _component(settings.saliency, "saliency", registry)
+    schedule: Component[Schedule, Settings] = _component(settings.schedule, "schedule", registry)
+    pattern: Component[Pattern, Settings] = _component(settings.pattern, "pattern", registry)
+    _check_together(settings, estimator, saliency.cls, pattern.cls)
+    estimator = replace(estimator, settings=_with_examples(settings, saliency.cls, estimator.settings))
+    recipe = validated(FinetuneSettings, {**task.cls.finetune.model_dump(), **settings.finetune}, "finetune")
     if recipe.refine_every and not recipe.epochs:
         raise SettingsError(
             f"finetune.refine_every = {recipe.refine_every} updates the estimator while fine-tuning, of which there is "
             "none; set finetune.epochs, or leave refine_every out"
         )
-    sparsity = tuple(sorted(set(settings.sparsity or task.sparsity)))
+    sparsity = tuple(sorted(set(settings.sparsity or task.cls.sparsity)))
     check_cuts(len(sparsity), settings.steps, settings.substeps)
-    one_cut = classes["schedule"].name == "one-shot" and settings.substeps == 1 and recipe.epochs == 0
+    one_cut = schedule.cls.name == "one-shot" and settings.substeps == 1 and recipe.epochs == 0
     independent = one_cut if settings.levels == "auto" else settings.levels == "independent"
-    return ResolvedRun(settings, classes, options, recipe, sparsity, independent)
+    return ResolvedRun(settings, task, estimator, saliency, schedule, pattern, recipe, sparsity, independent)
 
 
-def _with_examples(settings: RunSettings, saliency: type[Any], options: Settings) -> Settings:
+def _component(given: Mapping[str, Any], kind: str, registry: Registry) -> Component[Any, Any]:
+    """The component that a mapping with its name and settings stands for."""
+    name = given.get("name")
+    if not isinstance(name, str):
+        raise SettingsError(f"{kind} needs a name; known: {', '.join(registry.names(kind))}")
+    cls = registry.get(kind, name)
+    own = {key: value for key, value in given.items() if key != "name"}
+    return Component(cls, validated(cls.Settings, own, kind))
+
+
+def _check_together(
+    settings: RunSettings,
+    estimator: Component[CurvatureEstimator, EstimatorSettings],
+    saliency: type[Saliency],
+    pattern: type[Pattern],
+) -> None:
+    """Refuse components that each are right and do not go together."""
+    unit = estimator.cls.unit(estimator.settings)
+    if pattern.across_layers and unit == "layer":
+        raise SettingsError(
+            f"the scores of the estimator '{estimator.cls.name}' compare within a layer only, and the pattern "
+            f"'{pattern.name}' compares layers; use --pattern uniform or n:m"
+        )
+    how = settings.compensation
+    if how.how == "exact" and how.damping is None and unit != "loss":
+        raise SettingsError(
+            f"the damping of the estimator '{estimator.cls.name}' is not in units of the Fisher; give exact "
+            "compensation its own: compensation.damping"
+        )
+    if saliency.of_groups and not pattern.has_groups():
+        raise SettingsError(
+            f"the saliency '{saliency.name}' scores groups, and the pattern '{pattern.name}' has "
+            "none; use it with --pattern n:m or block"
+        )
+
+
+def _with_examples(settings: RunSettings, saliency: type[Saliency], options: EstimatorSettings) -> EstimatorSettings:
     """An estimator that looks at no example is given the usual number where something else of the run does."""
-    assert isinstance(options, EstimatorSettings)
     if options.examples:
         return options
     for what, takes in (

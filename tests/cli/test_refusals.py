@@ -5,7 +5,8 @@ import re
 import pytest
 
 from sparsekit.machine import Memory
-from sparsekit.runs import run
+from sparsekit.pruning.pruner import Pruner
+from sparsekit.runs import preview, run
 
 MIB = 1 << 20
 
@@ -18,9 +19,10 @@ def refuses(cli, tmp_path, monkeypatch):
         pytest.fail("the run began")
 
     def call(*args, memory=None):
-        monkeypatch.setattr(run.Pruner, "run", never)
+        monkeypatch.setattr(Pruner, "run", never)
         if memory is not None:
-            monkeypatch.setattr(run, "available_memory", lambda device: Memory(memory, memory))
+            for module in (preview, run):
+                monkeypatch.setattr(module, "available_memory", lambda device: Memory(memory, memory))
         code, out, err = cli("run", *args)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert not (tmp_path / "runs").exists()

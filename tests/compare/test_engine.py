@@ -56,7 +56,7 @@ def failing(monkeypatch, error):
     whole = work.execute
 
     def execute(resolved, *args, **more):
-        if resolved.classes["estimator"].name == "obs":
+        if resolved.estimator.cls.name == "obs":
             raise error
         return whole(resolved, *args, **more)
 

@@ -13,7 +13,7 @@ from sparsekit.methods.patterns import Unstructured
 from sparsekit.registry import builtins
 from sparsekit.registry.installed import load_registry
 from sparsekit.registry.registry import Registry
-from sparsekit.runs.run import planned
+from sparsekit.runs.preview import planned
 from sparsekit.runs.settings import parse_assignment, resolve
 from sparsekit.testing import dense_removal, dense_rows, exhaustive_removal, greedy_removal, rank_one_inverse
 

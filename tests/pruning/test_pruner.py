@@ -9,7 +9,8 @@ from sparsekit.methods.interfaces import Settings, measure
 from sparsekit.methods.patterns import Unstructured
 from sparsekit.methods.saliencies import OptimalBrainSurgeon
 from sparsekit.methods.schedules import OneShot, plan
-from sparsekit.pruning.pruner import PhaseStarted, Pruner, StepCompleted
+from sparsekit.pruning.events import PhaseStarted, StepCompleted
+from sparsekit.pruning.pruner import Pruner
 from sparsekit.testing import dense_fisher, dense_removal
 
 

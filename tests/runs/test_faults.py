@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparsekit.errors import SparsekitError
-from sparsekit.pruning.pruner import StepCompleted
+from sparsekit.pruning.events import StepCompleted
 from sparsekit.registry.installed import load_registry
 from sparsekit.runs.run import execute
 from sparsekit.runs.settings import resolve

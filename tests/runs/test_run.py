@@ -10,10 +10,11 @@ from sparsekit.compare.upload import track
 from sparsekit.errors import DataError, RecordError
 from sparsekit.methods.interfaces import CompensationSettings
 from sparsekit.methods.schedules import Step
-from sparsekit.pruning.pruner import LayerReconstructed, StepCompleted
+from sparsekit.pruning.events import LayerReconstructed, StepCompleted
 from sparsekit.registry.installed import load_registry
 from sparsekit.runs import tracking
-from sparsekit.runs.run import degradations, execute
+from sparsekit.runs.degraded import degradations
+from sparsekit.runs.run import execute
 from sparsekit.runs.settings import resolve
 from sparsekit.runs.tracking import default_uri
 from sparsekit.tasks import Digits
@@ -118,7 +119,7 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path):
     ids=["gradual, the estimator's weighting", "independent levels, measured weighting", "layerwise, learned"],
 )
 def test_a_run_resumes_between_two_layers(tmp_path, monkeypatch, changes, at):
-    monkeypatch.setattr("sparsekit.runs.run.SAVE_EVERY", -1.0)
+    monkeypatch.setattr("sparsekit.runs.driver.SAVE_EVERY", -1.0)
     whole = execute(settings(tmp_path / "a", **changes), REGISTRY)
     seen = []
 

@@ -12,12 +12,12 @@ def registry():
 
 def test_the_defaults_resolve(registry):
     run = resolve({}, registry)
-    assert run.classes["estimator"].name == "fishleg"
-    assert run.sparsity == run.classes["task"].sparsity
+    assert run.estimator.cls.name == "fishleg"
+    assert run.sparsity == run.task.cls.sparsity
 
 
 def test_settings_without_a_name_are_the_default_components(registry):
-    assert resolve({"estimator": {"damping": 0.5}}, registry).options["estimator"].damping == 0.5
+    assert resolve({"estimator": {"damping": 0.5}}, registry).estimator.settings.damping == 0.5
 
 
 def test_resolved_settings_resolve_to_themselves(registry):
@@ -27,7 +27,7 @@ def test_resolved_settings_resolve_to_themselves(registry):
 
 def test_a_preset_may_be_given_with_its_own_estimator(registry):
     run = resolve({"preset": "obert", "estimator": {"name": "obs", "examples": 32}}, registry)
-    assert (run.options["estimator"].examples, run.options["estimator"].average) == (32, 16)
+    assert (run.estimator.settings.examples, run.estimator.settings.average) == (32, 16)
 
 
 @pytest.mark.parametrize(

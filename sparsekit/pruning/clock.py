@@ -1,0 +1,27 @@
+"""Wall-clock time by phase."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class Clock:
+    """Seconds by phase; waits for the device, so that a phase pays for its own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """What has passed since the last lap, or since the clock was made, belongs to `phase`."""
+        now = self._now()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now

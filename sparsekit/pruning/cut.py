@@ -1,0 +1,123 @@
+"""One cut: score, choose, remove. What it changes is the caller's to write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sparsekit.curvature import GaussNewton
+from sparsekit.errors import CurvatureError, SettingsError
+from sparsekit.linalg import MatrixFree
+from sparsekit.methods.contracts import scores_of
+from sparsekit.methods.interfaces import CompensationSettings, Pattern, Saliency, ScoreContext, Units
+from sparsekit.problem.objective import Objective
+from sparsekit.problem.parameters import Mask, ParameterSpace
+from sparsekit.removal import InverseFisher, Removal
+
+
+@dataclass(frozen=True)
+class Surgeon:
+    """How a cut is made.
+
+    Attributes:
+        saliency: scores the weights.
+        pattern: chooses among them.
+        compensation: how the survivors move.
+    """
+
+    saliency: Saliency
+    pattern: Pattern
+    compensation: CompensationSettings
+
+    def remove(
+        self,
+        weights: Tensor,
+        mask: Mask,
+        sparsity: float,
+        inverse: InverseFisher,
+        objective: Objective,
+        generator: torch.Generator,
+    ) -> tuple[Removal, Mask]:
+        """The removal that reaches a sparsity, and the mask after it.
+
+        Args:
+            weights: (n,).
+            mask: before the cut.
+            sparsity: after it, as a fraction of the prunable weights.
+            inverse: Σ.
+            objective: on the calibration examples, at these weights.
+            generator: for saliencies that draw.
+
+        Raises:
+            CurvatureError: scores are not finite.
+        """
+        space, how = objective.space, self.compensation
+        context = _Context(weights, mask, inverse, objective, self.pattern.units(space), generator)
+        scores = scores_of(self.saliency, context)
+        if not bool(scores[mask.kept].isfinite().all()):
+            raise CurvatureError(f"the saliency '{self.saliency.name}' gave scores that are not finite")
+        chosen = self.pattern.choose(scores, mask, self.pattern.count(space, sparsity), space)
+        gradient = how.first_order * context.gradient if how.first_order else None
+        if how.how == "exact":
+            removal = self._exact(inverse, objective).remove(weights, mask, chosen, "joint", gradient, how.scale)
+        else:
+            removal = inverse.remove(weights, mask, chosen, how.how, gradient, how.scale)
+        return removal, mask.without(chosen)
+
+    def _exact(self, inverse: InverseFisher, objective: Objective) -> InverseFisher:
+        """The calibration examples' Gauss-Newton matrix in place of the estimator's, which preconditions it."""
+        fisher, gamma = GaussNewton(objective), self.compensation.damping or inverse.damping
+        operator = MatrixFree(
+            lambda v: (fisher @ v.to(objective.dtype)).to(v.dtype) + gamma * v,
+            inverse.operator,
+            tolerance=self.compensation.tolerance,
+            max_iterations=self.compensation.max_iterations,
+        )
+        return InverseFisher(operator, gamma)
+
+
+class _Context(ScoreContext):
+    def __init__(
+        self,
+        weights: Tensor,
+        mask: Mask,
+        inverse: InverseFisher,
+        objective: Objective,
+        units: Units | None,
+        generator: torch.Generator,
+    ) -> None:
+        self._weights, self._mask, self._inverse = weights, mask, inverse
+        self._objective, self._units, self._generator = objective, units, generator
+
+    @property
+    def weights(self) -> Tensor:
+        return self._weights
+
+    @property
+    def mask(self) -> Mask:
+        return self._mask
+
+    @property
+    def inverse(self) -> InverseFisher:
+        return self._inverse
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        if not self._objective.batches:
+            raise SettingsError("the saliency needs the gradient, and there are no examples; set estimator.examples")
+        return self._objective.gradient()
+
+    @property
+    def space(self) -> ParameterSpace:
+        return self._objective.space
+
+    @property
+    def units(self) -> Units | None:
+        return self._units
+
+    @property
+    def generator(self) -> torch.Generator:
+        return self._generator
