@@ -42,7 +42,7 @@ class Stream:
         self._null: TextIO | None = None
         if stream is None:  # closed before we began; this takes its number, which else the next file would have
             stream = self._null = open(os.devnull, "w")  # noqa: SIM115 - closed in `close`
-        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")  # what the encoding lacks is told by its number
         self._stream = stream
 

@@ -43,9 +43,12 @@ def inputs_of_outputs(flat: Tensor, info: ParameterInfo) -> Tensor:
     - transformers' Conv1D (in, out), known by its name;
     - an embedding (entries, width): nothing is summed in a look-up, and a line is an entry's vector, which is what the
       inputs of an output are where the table is also the last linear map;
-    - bilinear maps (out, in₁, in₂): in₁ for each in₂; any other module's tensors as those of a convolution.
+    - bilinear maps (out, in₁, in₂): in₁ for each in₂; any other module's tensors as those of a convolution;
+    - a tensor of one dimension has lines of one entry.
     """
-    shape = info.shape if len(info.shape) > 1 else (info.size, 1)
+    if len(info.shape) < 2:
+        return flat.view(-1, 1)  # nothing is summed over
+    shape = info.shape
     kind = info.layer or nn.Module
     if issubclass(kind, nn.modules.conv._ConvTransposeNd):
         inputs, outputs, *kernel = shape

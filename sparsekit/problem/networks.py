@@ -103,9 +103,13 @@ def copied(model: nn.Module) -> nn.Module:
         ModelError: something in it cannot be copied.
     """
     plain: Callable[..., Any] = Tensor.__deepcopy__
+    held: list[Tensor] = []  # copies are remembered by the id of what was copied, which must not be given anew
 
     def value(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-        return cast(Tensor, plain(tensor if tensor.is_leaf else tensor.detach(), memo))
+        if not tensor.is_leaf:
+            tensor = tensor.detach()
+            held.append(tensor)
+        return cast(Tensor, plain(tensor, memo))
 
     try:
         with mock.patch.object(Tensor, "__deepcopy__", value):
@@ -159,7 +163,8 @@ def _buffers_as_found(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, buffer, value, version in found:
-                if _version(buffer) != version:
+                # `.data` and some kernels change a tensor without its being counted; NaN is unequal to itself
+                if _version(buffer) != version or not torch.equal(buffer, value):
                     buffer.copy_(value)
                 module._buffers[name] = buffer
 

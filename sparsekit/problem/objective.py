@@ -123,7 +123,6 @@ class Objective:
                     raise CurvatureError(
                         "the loss is not finite at the weights given; check the data, the loss and the checkpoint"
                     )
-                check_examples_apart(self.model, inputs)
                 self._check_gradient(inputs[:1], targets[:1])
                 return
 

@@ -10,7 +10,6 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -99,9 +98,6 @@ class ParameterSpace:
         """
         check_kind(model)
         named = dict(model.named_parameters())
-        lazy = [name for name, tensor in named.items() if is_lazy(tensor)]
-        if lazy:
-            raise ModelError(f"the parameter '{lazy[0]}' has no shape yet; run one batch through the model first")
         normalised = {
             f"{name}.{own}" if name else own
             for name, module in model.named_modules()

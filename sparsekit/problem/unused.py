@@ -28,6 +28,8 @@ def unused(objective: Objective) -> list[str]:
                 continue
             try:
                 gradients = torch.autograd.grad(losses.sum(), list(left.values()), allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # an estimator that needs gradients says why there are none
                 return []
             left = {name: left[name] for name, found in zip(left, gradients, strict=True) if found is None}

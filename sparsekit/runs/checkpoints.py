@@ -64,7 +64,10 @@ class Checkpoints:
         write_tensors(path, rest, {"format": "pt", "meta": json.dumps(plain(meta)), "part": json.dumps(part_of)})
         with reported("remove old checkpoints in", self.path):
             for other in self.path.iterdir():  # half-written ones of a killed process, too
-                if other not in (path, self._part) and other.suffix in {".safetensors", ".part", ".tmp"}:
+                if other not in (path, self._part) and (
+                    other.suffix in {".safetensors", ".part", ".tmp"}
+                    or other.name.startswith(".tmp")  # safetensors' own
+                ):
                     other.unlink()
 
     def _is_in_part(self, name: str, tensor: Tensor) -> bool:

@@ -77,7 +77,10 @@ class RunDirectory:
                     f"another process is working on this run ({self.path}); wait for it to finish, or stop it"
                 ) from error
         try:
-            for stray in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
+            for stray in (
+                *self.path.glob(".*.tmp"),
+                *self.path.glob(".tmp*"),
+            ):  # of a process that was killed while it wrote
                 with suppress(OSError):
                     stray.unlink()
             yield

@@ -32,6 +32,9 @@ from sparsekit.runs.tracking import NullTracker, Tracker
 #: Seconds between checkpoints within a step, whose layers are reconstructed one by one.
 SAVE_EVERY = 30.0
 
+#: How a record begins to say that its tracker was not told all of it.
+UNTOLD = "tracking: "
+
 Listener = Callable[[Event], None]
 Progress = Callable[[str, int, int], None]
 
@@ -57,6 +60,7 @@ class Driver:
         self.plan = planned(resolved)
         self.saved = time.perf_counter()  # when the last checkpoint was written
         self.tracked: str | None = None  # MLflow's run, so that a resumed run goes on in it
+        self.told = 0  # steps that MLflow has been told of
         self.untold: str | None = None  # why MLflow was not told all of it
 
     def run(self, resume: bool, listener: Listener, progress: Progress) -> RunRecord:
@@ -84,8 +88,7 @@ class Driver:
                         self._checkpoint(pruner)
                 elif isinstance(event, StepCompleted):
                     self._completed(event, pruner, tracker, earlier + time.perf_counter() - begun)
-            if self.record.dense:
-                self._finish(pruner, tracker)
+            self._finish(pruner, tracker)
         except KeyboardInterrupt:
             tracker.finish("KILLED")
             raise
@@ -159,6 +162,7 @@ class Driver:
                 "record": self.record.model_dump(mode="json"),
                 "dense": state.dense,
                 "tracked": self.tracked,
+                "told": self.told,
                 "cut": None if state.cut is None else asdict(state.cut),
                 "fits": [asdict(fit) for fit in state.fits],
             },
@@ -183,7 +187,7 @@ class Driver:
         learned = {k: t.to(pruner.estimator.state_device(k, t, device)) for k, t in part("estimator.").items()}
         pruner.restore(weights, learned, state)
         self.record = RunRecord.model_validate(meta["record"])
-        self.tracked = meta["tracked"]
+        self.tracked, self.told = meta["tracked"], meta.get("told", len(self.record.steps))
 
     def _completed(self, event: StepCompleted, pruner: Pruner, tracker: NullTracker, total: float) -> None:
         step = StepRecord.model_validate(event)
@@ -204,13 +208,15 @@ class Driver:
                 "peak_memory_bytes": max(record.peak_memory_bytes, peak_memory(self.model)),
             }
         )
+        tracker.metrics(step_metrics(step, record.parameters["prunable"]), step=event.step.index)
+        if tracker.failure is None:
+            self.told = len(steps)
         if event.step.completes_level:
             self._write_result(pruner)
         is_last = event.step.index + 1 == len(self.plan)
         if not is_last or sum(event.seconds.values()) > SAVE_EVERY:  # else sooner done again than written
             self._checkpoint(pruner)  # first the checkpoint, then the record that speaks of it
             self.directory.write(self.record)
-        tracker.metrics(step_metrics(step, record.parameters["prunable"]), step=event.step.index)
 
     def _level(self, event: StepCompleted, steps: list[StepRecord]) -> LevelRecord:
         level = event.step.level
@@ -239,9 +245,12 @@ class Driver:
             return NullTracker()
         tracker = Tracker(self.uri, self.resolved.settings.tracking.experiment)
         begin(tracker, self.record, self.directory, self.tracked)
-        if self.tracked is None:  # one that did not answer before is told what has been done since
-            for step in self.record.steps:
-                tracker.metrics(step_metrics(step, self.record.parameters["prunable"]), step=step.index)
+        if self.record.dense and not self.told:
+            tracker.metrics({f"dense/{k}": v for k, v in self.record.dense.items()}, step=0)
+        for step in self.record.steps[self.told :]:  # a tracker that did not answer for a while is told them now
+            tracker.metrics(step_metrics(step, self.record.parameters["prunable"]), step=step.index)
+        if tracker.failure is None:
+            self.told = len(self.record.steps)
         self.tracked = tracker.run_id
         return tracker
 
@@ -260,4 +269,4 @@ class Driver:
         if self.untold is None:
             return {}
         later = shlex.join(["sparsekit", "track", str(self.directory.path)])
-        return {"degraded": [*self.record.degraded, f"tracking: {self.untold}. '{later}' tells MLflow later"]}
+        return {"degraded": [*self.record.degraded, f"{UNTOLD}{self.untold}. '{later}' tells MLflow later"]}

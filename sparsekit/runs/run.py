@@ -14,7 +14,7 @@ from sparsekit.reconstruction.fit import Reconstruction
 from sparsekit.registry.registry import Registry
 from sparsekit.runs.curvature_cache import SharedStatistics
 from sparsekit.runs.directory import RunDirectory
-from sparsekit.runs.driver import Driver, Listener, Progress
+from sparsekit.runs.driver import UNTOLD, Driver, Listener, Progress
 from sparsekit.runs.identity import identity as run_identity
 from sparsekit.runs.identity import plugins_used, sources
 from sparsekit.runs.preview import check_sparsities, preview, with_examples
@@ -90,7 +90,7 @@ def execute(
         options = resolved.estimator.settings
         first = task.batches("train", batch_size=options.batch_size, limit=options.batch_size)
         Objective(model, task.likelihood, first, shown.space).check()  # nothing is written for what cannot work
-        examples = task.batches("train", batch_size=options.batch_size, limit=options.examples)
+        examples = task.batches("train", batch_size=options.batch_size, limit=options.examples or options.batch_size)
         objective = Objective(model, task.likelihood, examples, shown.space)
         space, degraded = used(objective, included=settings.include is not None)
         if space is not shown.space:
@@ -124,6 +124,8 @@ def execute(
 
 
 def _tracked_at(record: RunRecord) -> str | None:
-    """Where a finished run was tracked."""
+    """Where a finished run was tracked; None where MLflow was not told all of it."""
     tracking = record.settings["tracking"]
-    return resolve_uri(tracking["uri"], Path(record.settings["output"])) if tracking["enabled"] else None
+    if not tracking["enabled"] or any(line.startswith(UNTOLD) for line in record.degraded):
+        return None
+    return resolve_uri(tracking["uri"], Path(record.settings["output"]))

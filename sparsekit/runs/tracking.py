@@ -21,7 +21,7 @@ from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 from filelock import FileLock, Timeout
 
@@ -110,8 +110,10 @@ def _sqlite_path(uri: str) -> Path | None:
 
 def _check_server(uri: str) -> None:
     # MLflow's client would try for minutes; any answer at all means that somebody is there.
+    parts = urlsplit(uri)  # credentials and queries are MLflow's: urllib would take them for parts of the host or path
+    place = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
     try:
-        urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=10).close()
+        urllib.request.urlopen(place.rstrip("/") + "/health", timeout=10).close()
     except urllib.error.HTTPError as answer:
         answer.close()
     except (OSError, ValueError) as error:

@@ -51,20 +51,26 @@ class _Loader(yaml.SafeLoader):
             self._check(node, {})
         return node
 
-    def _check(self, node: yaml.Node, sizes: dict[int, int]) -> int:
-        """How many nodes it stands for; refuses duplicate keys, and an alias within what it stands for."""
+    def _check(self, node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[int, int]:
+        """(nodes, levels) that it stands for; refuses duplicate keys, and an alias within what it stands for."""
         if id(node) not in sizes:
-            sizes[id(node)] = MOST_NODES + 1  # until it is known: one that holds itself has no end
+            sizes[id(node)] = MOST_NODES + 1, 0  # until it is known: one that holds itself has no end
             parts: list[yaml.Node] = []
             if isinstance(node, yaml.MappingNode):
                 _check_keys(node)
                 parts = [part for pair in node.value for part in pair]
             elif isinstance(node, yaml.SequenceNode):
                 parts = node.value
-            sizes[id(node)] = 1 + sum(self._check(part, sizes) for part in parts)
-        if sizes[id(node)] > MOST_NODES:
+            found = [self._check(part, sizes) for part in parts]
+            sizes[id(node)] = 1 + sum(size for size, _ in found), 1 + max((depth for _, depth in found), default=0)
+        size, depth = sizes[id(node)]
+        if size > MOST_NODES:
             raise _too_many(node.start_mark)
-        return sizes[id(node)]
+        if depth > MOST_LEVELS:
+            raise yaml.MarkedYAMLError(
+                problem=f"with its aliases it is nested more than {MOST_LEVELS} deep", problem_mark=node.start_mark
+            )
+        return size, depth
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:

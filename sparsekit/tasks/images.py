@@ -74,7 +74,8 @@ class Order:
 
     def __iter__(self) -> Iterator[Tensor]:
         order = self._drawn() if self._fixed is None else self._fixed
-        yield from order.split(self._batch_size)
+        if len(order):  # else torch gives one part without examples
+            yield from order.split(self._batch_size)
 
 
 class ImageBatches:

@@ -185,3 +185,13 @@ def test_an_alias_that_is_used_twice_is_no_bomb(cli, tmp_path):
         "estimator: &e {name: obs, examples: 64}\nsaliency: &s obs\npattern: unstructured\n"
     )
     assert cli("run", "--dry-run", "--json", "--config", str(tmp_path / "run.yaml"))[0] == 0
+
+
+def test_aliases_that_nest_deeper_than_what_is_written_are_refused(cli, tmp_path):
+    lines = [f"a0: &a0 {'[' * 40}1{']' * 40}"]
+    lines += [f"a{i}: &a{i} {'[' * 40}*a{i - 1}{']' * 40}" for i in range(1, 20)]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    refused(
+        cli("run", "--dry-run", "--config", str(tmp_path / "run.yaml")),
+        "with its aliases it is nested more than 50 deep",
+    )

@@ -50,9 +50,11 @@ def test_a_run_whose_messages_are_lost_is_done(replaced, stream):
     assert "Record: " in out
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_what_the_terminal_cannot_encode_is_told_by_its_number(replaced, encoding):
-    stream = written(encoding)
+@pytest.mark.parametrize(
+    ("encoding", "errors"), [("ascii", "strict"), ("latin-1", "strict"), ("ascii", "surrogateescape")]
+)
+def test_what_the_terminal_cannot_encode_is_told_by_its_number(replaced, encoding, errors):
+    stream = written(encoding, errors)
     code, _, err = replaced("stdout", stream, *RUN)
     assert (code, err) == (0, "")
     assert rb"\u0394" in stream.buffer.getvalue()

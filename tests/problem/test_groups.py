@@ -97,3 +97,9 @@ def test_two_of_four_input_channels_stay_whatever_the_estimator(estimator, salie
     first, second, last = (done.model[i].weight.detach() for i in (0, 2, 4))
     for lines in (first.movedim(1, -1), second.movedim(0, -1), last):
         assert ((lines.reshape(-1, 4) != 0).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv1d(8, 8, 1), nn.ConvTranspose1d(8, 8, 1)])
+def test_a_bias_has_no_group_of_inputs(layer):
+    space = ParameterSpace.of(layer, include=["bias"])
+    assert groups_of(space, 4, axis="inputs").numel() == 0

@@ -371,3 +371,13 @@ def test_parts_of_an_objective_weigh_their_examples_as_the_whole_does(fisher):
     parts = [replace(case.objective, batches=[batch], share=case.objective.mean_share) for batch in case.batches]
     assert len(parts) > 1
     assert_close(torch.cat([rows for part in parts for rows in gradient_rows(part, fisher)]), whole)
+
+
+def test_labels_as_bytes_are_the_classes_they_are():
+    """As bytes, the ignored index -100 would be class 156."""
+    draw = torch.Generator().manual_seed(0)
+    outputs, labels = torch.randn(40, 171, dtype=torch.float64, generator=draw), torch.full((40,), 156)
+    labels[::2] = 3
+    categorical = Categorical()
+    assert_close(categorical.losses(outputs, labels.to(torch.uint8)).mean(), F.cross_entropy(outputs, labels))
+    assert categorical.counted(labels.to(torch.uint8)) == 40

@@ -3,6 +3,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.testing import assert_close
@@ -120,6 +121,16 @@ def test_a_model_that_keeps_an_activation_is_copied_with_its_values():
     assert model.last[0].requires_grad
 
 
+def test_each_activation_that_a_model_keeps_is_copied_with_its_own_values():
+    def keep(module, x):
+        module.last = [module.layer(x) * factor for factor in range(50)]
+        return module.last[1]
+
+    model = Model(keep)
+    model(X)
+    assert all(torch.equal(a, b) for a, b in zip(model.last, copied(model).last, strict=True))
+
+
 def test_a_copy_shares_nothing():
     model = kept()
     copy = copied(model)
@@ -146,6 +157,26 @@ def counting():
     model.register_buffer("count", torch.zeros(()))
     model.register_buffer("seen", torch.zeros(()))
     return model
+
+
+def silently(module, x):
+    module.count.data += 1
+    F.batch_norm(x, module.mean, module.variance, training=True)
+    return module.layer(x)
+
+
+def test_buffers_that_are_changed_without_being_counted_are_as_they_were():
+    model = Model(silently)
+    for name, value in (
+        ("count", torch.zeros(())),
+        ("mean", torch.zeros(X.shape[1])),
+        ("variance", torch.ones(X.shape[1])),
+    ):
+        model.register_buffer(name, value)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with as_found(model), torch.no_grad():
+        model(X)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
 WORK = {

@@ -175,3 +175,40 @@ def test_auxiliary_heads_of_googlenet_are_not_counted():
     skipped = [name for name, why in space.skipped.items() if why == UNUSED]
     assert skipped and all(name.startswith(("aux1.", "aux2.")) for name in skipped)
     assert not [name for name in space.names if name.startswith("aux")]
+
+
+def test_a_device_without_memory_says_so(monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    model = WithHead()
+    problem = Objective(model, Categorical(), data(), ParameterSpace.of(model))
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        unused(problem)
+
+
+def test_an_estimator_without_examples_prunes_a_model_that_takes_no_empty_batch(tmp_path, monkeypatch):
+    network = Digits.network
+
+    def not_empty(module, args):
+        assert len(args[0])
+
+    def strict(self):
+        model = network(self)
+        model.register_forward_pre_hook(not_empty)
+        return model
+
+    monkeypatch.setattr(Digits, "network", strict)
+    raw = {
+        "estimator": "identity",
+        "saliency": "magnitude",
+        "compensation": "none",
+        "sparsity": 0.5,
+        "schedule": "one-shot",
+        "finetune": {"epochs": 0},
+        "output": str(tmp_path),
+        "tracking": {"enabled": False},
+    }
+    outcome = execute(resolve(raw, load_registry()), load_registry())
+    assert outcome.record.status == "finished"

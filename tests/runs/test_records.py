@@ -517,7 +517,16 @@ def test_a_lock_that_cannot_be_made_is_a_record_error(tmp_path):
 
 def test_what_a_killed_process_was_writing_is_swept(run):
     run.path.mkdir(parents=True, exist_ok=True)
-    stray = run.path / ".record.json.12345678.tmp"
-    stray.write_bytes(b"half")
+    ours, safetensors = run.path / ".record.json.12345678.tmp", run.path / ".tmpOeJnVn"
+    for stray in (ours, safetensors):
+        stray.write_bytes(b"half")
     with run.lock():
-        assert not stray.exists()
+        assert not ours.exists() and not safetensors.exists()
+
+
+def test_what_safetensors_was_writing_is_swept_from_checkpoints(run):
+    stray = run.checkpoints.path / ".tmpAbCdEf"
+    stray.parent.mkdir(parents=True)
+    stray.write_bytes(b"half")
+    run.checkpoints.save(1, {}, {})
+    assert not stray.exists()

@@ -265,3 +265,32 @@ def test_a_tracker_that_answers_later_is_told_the_steps_before(tmp_path):
     (run,) = client.search_runs([client.get_experiment_by_name("sparsekit").experiment_id])
     steps = client.get_metric_history(run.info.run_id, "predicted_increase")
     assert [metric.step for metric in steps] == [step.index for step in outcome.record.steps]
+    (dense,) = client.get_metric_history(run.info.run_id, "dense/loss")
+    assert dense.value == outcome.record.dense["loss"]
+
+
+def test_a_tracker_that_was_deaf_for_a_step_is_told_it_once_on_resume(tmp_path, monkeypatch):
+    """It started, failed from the second step on, and answers again after an interruption."""
+    uri, tell = default_uri(tmp_path / "mlflow"), tracking.Tracker.metrics
+
+    def deaf(self, values, step):
+        if step >= 1:
+            self.failure = "it is deaf"
+        elif self.failure is None:
+            tell(self, values, step)
+
+    tracked = settings(tmp_path, tracking={"uri": uri})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tracking.Tracker, "metrics", deaf)
+        execute(tracked, REGISTRY, listener=interrupt_after(2))
+    outcome = execute(tracked, REGISTRY, resume=True)
+    client = tracking._client(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("sparsekit").experiment_id])
+    steps = client.get_metric_history(run.info.run_id, "predicted_increase")
+    assert [metric.step for metric in steps] == [step.index for step in outcome.record.steps]
+
+
+def test_a_run_that_mlflow_does_not_have_is_nowhere_in_it_when_it_is_repeated(tmp_path):
+    dead = settings(tmp_path, tracking={"uri": "http://127.0.0.1:9"})
+    first, again = execute(dead, REGISTRY), execute(dead, REGISTRY)
+    assert (first.tracking_uri, again.tracking_uri, again.repeated) == (None, None, True)

@@ -450,3 +450,21 @@ def test_a_password_is_in_no_message_of_a_server_that_is_not_there():
     tracker = Tracker("http://me:hunter2@127.0.0.1:9")
     tracker.start("a run", {}, {})
     assert "no MLflow server answers" in tracker.failure and "hunter2" not in tracker.failure
+
+
+class Healthy(BaseHTTPRequestHandler):
+    """Answers at /health alone."""
+
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 500)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_server_is_found_at_an_address_with_credentials():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        tracking._check_server(f"http://me:hunter2@127.0.0.1:{server.server_port}")
+        server.shutdown()

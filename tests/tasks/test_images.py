@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sparsekit.tasks.images import ImageBatches, cache_directory
+from sparsekit.tasks.images import ImageBatches, Order, cache_directory
 
 COUNT = 23
 
@@ -141,3 +141,7 @@ def test_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
 def test_cache_lies_in_the_platform_s_folder_otherwise(monkeypatch):
     monkeypatch.delenv("SPARSEKIT_CACHE")
     assert cache_directory().name == "sparsekit"
+
+
+def test_no_examples_are_no_batches():
+    assert list(Order(5, batch_size=2, limit=0, generator=None)) == []

@@ -163,7 +163,7 @@ class Categorical(Likelihood):
 
     def _kept(self, labels: Tensor) -> Tensor | None:
         """Which positions are not ignored; None where all are kept."""
-        kept = labels != self.ignore_index
+        kept = labels.long() != self.ignore_index  # as bytes, -100 would be 156
         return None if bool(kept.all()) else kept
 
     def _labels(self, target: Tensor, output: Tensor | None = None) -> Tensor:
@@ -176,7 +176,7 @@ class Categorical(Likelihood):
                 raise DataError(f"soft labels down to {float(target.min()):g} were given; probabilities are needed")
             return target if output is None else target.to(output.dtype)
         labels = target.long()
-        kept = labels[labels != self.ignore_index]
+        kept = labels[labels.long() != self.ignore_index]
         if kept.numel():
             least, most = (int(end) for end in kept.aminmax())
             if least < 0 or most >= classes:
