@@ -1,19 +1,17 @@
 """Symmetric positive definite operators on Rⁿ: their products, solves, diagonals and constrained minima."""
 
+from sparsekit.linalg.blocks import BlockDiagonal
+from sparsekit.linalg.diagonal import Diagonal
+from sparsekit.linalg.directsum import DirectSum
 from sparsekit.linalg.elimination import check_pivots, eliminate
 from sparsekit.linalg.iterative import ConjugateGradients, conjugate_gradients
 from sparsekit.linalg.kronecker import KroneckerDiagonal, kronecker_product
 from sparsekit.linalg.lowrank import DiagonalPlusLowRank
 from sparsekit.linalg.matrixfree import MatrixFree
-from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator
-from sparsekit.linalg.structured import (
-    BlockDiagonal,
-    Diagonal,
-    DirectSum,
-    Principal,
-    RepeatedBlock,
-    Rescaled,
-)
+from sparsekit.linalg.operator import ConstrainedMinimum, Iteration, LinearOperator
+from sparsekit.linalg.principal import Principal
+from sparsekit.linalg.repeated import RepeatedBlock
+from sparsekit.linalg.rescaled import Rescaled
 
 __all__ = [
     "BlockDiagonal",
@@ -22,6 +20,7 @@ __all__ = [
     "Diagonal",
     "DiagonalPlusLowRank",
     "DirectSum",
+    "Iteration",
     "KroneckerDiagonal",
     "LinearOperator",
     "MatrixFree",

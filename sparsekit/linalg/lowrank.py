@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import CurvatureError
-from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator, missing_damping, padded
+from sparsekit.linalg.operator import ConstrainedMinimum, Iteration, LinearOperator, missing_damping, padded
 
 #: Bytes of the columns of G that are worked on at a time, and brought to the device where G lies on the host.
 PAGE_BYTES = 1 << 25
@@ -223,22 +223,14 @@ class DiagonalPlusLowRank(LinearOperator):
         both = kept if self.kept is None else kept & self.kept
         return DiagonalPlusLowRank(self.rows, self.damping, self.count, device=self.device, kept=both)
 
-    def minimise(
-        self,
-        fixed: Tensor,
-        values: Tensor,
-        linear: Tensor | None = None,
-        *,
-        start: Tensor | None = None,
-        tolerance: float = 1e-4,
-        max_iterations: int = 1000,
+    def _minimise(
+        self, fixed: Tensor, target: Tensor, linear: Tensor | None, iteration: Iteration
     ) -> ConstrainedMinimum:
         """In closed form, through the r × r matrix K_S = γmI + G_S G_Sᵀ of the free columns S.
 
         x_S = −G_Sᵀ K_S⁻¹ G_C x_C, less H_SS⁻¹ c_S. In the first nothing cancels, whatever the damping. K_S is what is
         left of K, or made anew, whichever takes the smaller Gram matrix.
         """
-        target = torch.where(fixed, values.to(self.dtype), 0.0)
         if int(fixed.count_nonzero()) < self.size // 2:
             gram = self._factor @ self._factor.mT
             gram.diagonal().sub_(self.damping * self.count)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekit.errors import CurvatureError
 from sparsekit.linalg.iterative import conjugate_gradients
-from sparsekit.linalg.operator import ConstrainedMinimum, LinearOperator
+from sparsekit.linalg.operator import ConstrainedMinimum, Iteration, LinearOperator
 
 
 class MatrixFree(LinearOperator):
@@ -36,6 +36,7 @@ class MatrixFree(LinearOperator):
         super().__init__(approximation.size, approximation.dtype, approximation.device)
         self.product, self.approximation = product, approximation
         self.tolerance, self.max_iterations = tolerance, max_iterations
+        self._iteration = Iteration(None, tolerance, max_iterations)
 
     def _matmul(self, X: Tensor) -> Tensor:
         columns = []
@@ -78,28 +79,20 @@ class MatrixFree(LinearOperator):
         """Of the approximation."""
         return self.approximation.conditioned_blocks(index)
 
-    def minimise(
-        self,
-        fixed: Tensor,
-        values: Tensor,
-        linear: Tensor | None = None,
-        *,
-        start: Tensor | None = None,
-        tolerance: float | None = None,
-        max_iterations: int | None = None,
+    def _minimise(
+        self, fixed: Tensor, target: Tensor, linear: Tensor | None, iteration: Iteration
     ) -> ConstrainedMinimum:
         """On the free coordinates S, preconditioned by Σ̃_SS, from the approximation's own minimum."""
-        free = (~fixed).to(self.dtype)
-        target = torch.where(fixed, values.to(self.dtype), 0.0)
+        free, start = (~fixed).to(self.dtype), iteration.start
         if start is None:
-            start = self.approximation.minimise(fixed, values, linear).solution
+            start = self.approximation.minimise(fixed, target, linear).solution
         right = -(self.product(target) if linear is None else self.product(target) + linear.to(self.dtype))
         report = conjugate_gradients(
             lambda v: free * self.product(v),
             free * right,
             preconditioner=lambda v: free * (self.approximation @ v),
             start=free * start,
-            tolerance=self.tolerance if tolerance is None else tolerance,
-            max_iterations=self.max_iterations if max_iterations is None else max_iterations,
+            tolerance=iteration.tolerance,
+            max_iterations=iteration.max_iterations,
         )
         return ConstrainedMinimum(torch.where(fixed, target, report.solution), report.iterations, report.residual)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -34,11 +35,26 @@ class ConstrainedMinimum:
     residual: float = 0.0
 
 
+@dataclass(frozen=True)
+class Iteration:
+    """How an iterative solve is run.
+
+    Attributes:
+        start: (n,), a first guess for the free coordinates; None for the structure's own.
+        tolerance: relative residual at which it ends.
+        max_iterations: at most.
+    """
+
+    start: Tensor | None = None
+    tolerance: float = 1e-4
+    max_iterations: int = 1000
+
+
 class LinearOperator(ABC):
     """A symmetric positive definite operator Σ on Rⁿ that knows its inverse H = Σ⁻¹.
 
     A structure writes four formulas - `_matmul`, `_solve`, `diagonal`, `inverse_diagonal` - and may override
-    what it can do exactly or cheaply: `conditioned`, `minimise`, `blocks`, `inverse_blocks`, `conditioned_blocks`,
+    what it can do exactly or cheaply: `conditioned`, `_minimise`, `blocks`, `inverse_blocks`, `conditioned_blocks`,
     `stretches`.
 
     Attributes:
@@ -48,6 +64,8 @@ class LinearOperator(ABC):
 
     #: True where H v is cheap; False where it is itself a solve (then constrained minima use Σ alone).
     has_direct_solve: bool = True
+    #: What `minimise` iterates with unless it is told otherwise.
+    _iteration: Iteration = Iteration()
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.size = size
@@ -156,6 +174,7 @@ class LinearOperator(ABC):
             out.append(product(columns)[group.clamp_min(0)])
         return padded(torch.stack(out), index)
 
+    @final
     def minimise(
         self,
         fixed: Tensor,
@@ -163,48 +182,60 @@ class LinearOperator(ABC):
         linear: Tensor | None = None,
         *,
         start: Tensor | None = None,
-        tolerance: float = 1e-4,
-        max_iterations: int = 1000,
+        tolerance: float | None = None,
+        max_iterations: int | None = None,
     ) -> ConstrainedMinimum:
         """Minimise cᵀx + ½ xᵀH x subject to x_C = values_C.
 
-        With S the free coordinates: H_SS x_S = −H_SC values_C − c_S (free side), or, with c = 0,
-        x = Σ_{:C} (Σ_CC)⁻¹ values_C (fixed side). The smaller side is solved by conjugate gradients, preconditioned
-        by Σ_SS and by diag Σ_CC. A start or a linear term asks for the free side.
+        Start, tolerance and iterations count only where the solve is iterative. A structure that can do better than
+        conjugate gradients overrides `_minimise`.
 
         Args:
             fixed: (n,) bool, C.
             values: (n,); only the entries in C count.
             linear: c, (n,); zero by default.
             start: (n,), a first guess for the free coordinates.
-            tolerance: see `conjugate_gradients`.
-            max_iterations: see `conjugate_gradients`.
+            tolerance: see `conjugate_gradients`; by default the operator's own, 1e-4 unless it says otherwise.
+            max_iterations: see `conjugate_gradients`; by default the operator's own, 1000 unless it says otherwise.
 
         Raises:
             CurvatureError: the solve stopped with a residual of more than 100 times the tolerance.
         """
-        self._checked(values)
-        target = torch.where(fixed, values.to(self.dtype), 0.0)
+        target = torch.where(fixed, self._checked(values).to(self.dtype), 0.0)
+        iteration = Iteration(
+            start,
+            self._iteration.tolerance if tolerance is None else tolerance,
+            self._iteration.max_iterations if max_iterations is None else max_iterations,
+        )
+        return self._minimise(fixed, target, linear, iteration)
+
+    def _minimise(
+        self, fixed: Tensor, target: Tensor, linear: Tensor | None, iteration: Iteration
+    ) -> ConstrainedMinimum:
+        """What `minimise` does for this structure; by default conjugate gradients on the smaller side.
+
+        With S the free coordinates: H_SS x_S = −H_SC x_C − c_S (free side), or, with c = 0,
+        x = Σ_{:C} (Σ_CC)⁻¹ x_C (fixed side), preconditioned by Σ_SS and by diag Σ_CC. A start or a linear term asks
+        for the free side.
+
+        Args:
+            fixed: (n,) bool, C.
+            target: (n,), of the operator's type; the values on C, zero elsewhere.
+            linear: c, (n,), of any type, or None.
+            iteration: for solves that are iterative; exact ones have no use for it.
+        """
         if linear is not None:
             linear = linear.to(self.dtype)
         free_side = self.has_direct_solve and (
-            linear is not None or start is not None or int(fixed.count_nonzero()) > self.size // 2
+            linear is not None or iteration.start is not None or int(fixed.count_nonzero()) > self.size // 2
         )
-        if free_side:
-            solution, report = self._minimise_free(fixed, target, linear, start, tolerance, max_iterations)
-        else:
-            solution, report = self._minimise_fixed(fixed, target, linear, tolerance, max_iterations)
-        report.accepted(tolerance)
+        side = self._minimise_free if free_side else self._minimise_fixed
+        solution, report = side(fixed, target, linear, iteration)
+        report.accepted(iteration.tolerance)
         return ConstrainedMinimum(solution, report.iterations, report.residual)
 
     def _minimise_free(
-        self,
-        fixed: Tensor,
-        target: Tensor,
-        linear: Tensor | None,
-        start: Tensor | None,
-        tolerance: float,
-        max_iterations: int,
+        self, fixed: Tensor, target: Tensor, linear: Tensor | None, iteration: Iteration
     ) -> tuple[Tensor, ConjugateGradients]:
         free = (~fixed).to(self.dtype)
         right = -self.solve(target) if linear is None else -(self.solve(target) + linear)
@@ -214,14 +245,14 @@ class LinearOperator(ABC):
             # H_SS Σ_SS is the identity but for a part of rank |C|, with eigenvalues of at least one; with diag H
             # instead, layers of little damping take up to ten times as many iterations.
             preconditioner=lambda v: free * (self @ v),
-            start=None if start is None else free * start,
-            tolerance=tolerance,
-            max_iterations=max_iterations,
+            start=None if iteration.start is None else free * iteration.start,
+            tolerance=iteration.tolerance,
+            max_iterations=iteration.max_iterations,
         )
         return torch.where(fixed, target, report.solution), report
 
     def _minimise_fixed(
-        self, fixed: Tensor, target: Tensor, linear: Tensor | None, tolerance: float, max_iterations: int
+        self, fixed: Tensor, target: Tensor, linear: Tensor | None, iteration: Iteration
     ) -> tuple[Tensor, ConjugateGradients]:
         held = fixed.to(self.dtype)
         offset = torch.zeros_like(target) if linear is None else -(self @ linear)
@@ -230,8 +261,8 @@ class LinearOperator(ABC):
             lambda v: held * (self @ (held * v)),
             held * (target - offset),
             preconditioner=lambda v: scale * v,
-            tolerance=tolerance,
-            max_iterations=max_iterations,
+            tolerance=iteration.tolerance,
+            max_iterations=iteration.max_iterations,
         )
         return torch.where(fixed, target, offset + self @ report.solution), report
 
