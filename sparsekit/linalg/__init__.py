@@ -1,4 +1,8 @@
-"""Symmetric positive definite operators on Rⁿ: their products, solves, diagonals and constrained minima."""
+"""Symmetric positive definite operators on Rⁿ: their products, solves, diagonals and constrained minima.
+
+Every operator is Σ, and `solve` gives products with H = Σ⁻¹. Those that are made from H are made by `of_precision`;
+the plain constructors of `Diagonal` and `KroneckerDiagonal` take Σ.
+"""
 
 from sparsekit.linalg.blocks import BlockDiagonal
 from sparsekit.linalg.diagonal import Diagonal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ class BlockDiagonal(LinearOperator):
         self._inside = torch.arange(width, device=self.device) < lengths[:, None]  # (m, B)
         self.precision = precision if bool(self._inside.all()) else decoupled(~self._inside, precision)
 
+    @classmethod
+    def of_precision(cls, precision: Tensor, sizes: Sequence[int]) -> Self:
+        """The constructor, by a name that says what it takes: blocks of H = Σ⁻¹, not of Σ."""
+        return cls(precision, sizes)
+
     @cached_property
     def inverse(self) -> Tensor:
         """(m, B, B), the blocks of Σ."""
@@ -56,7 +62,9 @@ class BlockDiagonal(LinearOperator):
 
     def conditioned(self, kept: Tensor) -> BlockDiagonal:
         """Exact, by one Cholesky factor of H_SS a block."""
-        return BlockDiagonal(decoupled(self._scatter((~kept)[:, None])[..., 0], self.precision), self._sizes)
+        return BlockDiagonal.of_precision(
+            decoupled(self._scatter((~kept)[:, None])[..., 0], self.precision), self._sizes
+        )
 
     def stretches(self) -> Sequence[int]:
         return self._sizes

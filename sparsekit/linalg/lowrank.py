@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -59,6 +60,19 @@ class DiagonalPlusLowRank(LinearOperator):
         super().__init__(rows.shape[1], rows.dtype, device or rows.device)
         self.rows, self.damping, self.count, self.kept = rows, damping, count, kept
         self._page = max(1, PAGE_BYTES // (8 * max(len(rows), 1)))
+
+    @classmethod
+    def of_precision(
+        cls,
+        rows: Tensor,
+        damping: float,
+        count: int,
+        *,
+        device: torch.device | None = None,
+        kept: Tensor | None = None,
+    ) -> Self:
+        """The constructor, by a name that says what it takes: the parts of H = γI + GᵀG/m, not of Σ."""
+        return cls(rows, damping, count, device=device, kept=kept)
 
     # -- pages of columns ------------------------------------------------------------------------------------
     def _pages(self, dtype: torch.dtype, page: int | None = None) -> Iterator[tuple[slice, Tensor]]:
@@ -221,7 +235,7 @@ class DiagonalPlusLowRank(LinearOperator):
     def conditioned(self, kept: Tensor) -> DiagonalPlusLowRank:
         """Exact: the rows without the columns of what is fixed."""
         both = kept if self.kept is None else kept & self.kept
-        return DiagonalPlusLowRank(self.rows, self.damping, self.count, device=self.device, kept=both)
+        return DiagonalPlusLowRank.of_precision(self.rows, self.damping, self.count, device=self.device, kept=both)
 
     def _minimise(
         self, fixed: Tensor, target: Tensor, linear: Tensor | None, iteration: Iteration

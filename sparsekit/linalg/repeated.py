@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -31,10 +32,17 @@ class RepeatedBlock(LinearOperator):
         groups, width, _ = precision.shape
         super().__init__(groups * repeats * width, precision.dtype, precision.device)
         self.precision, self.repeats, self.kept = precision, repeats, kept
-        self._shared = BlockDiagonal(precision, [width] * groups) if kept is None else None
+        self._shared = BlockDiagonal.of_precision(precision, [width] * groups) if kept is None else None
         self._scale = precision.diagonal(dim1=1, dim2=2).mean(1)  # (g,), of what stands in for decoupled coordinates
         self._bytes = slice_bytes
         self._slice = max(1, slice_bytes // (4 * width * width * precision.element_size()))
+
+    @classmethod
+    def of_precision(
+        cls, precision: Tensor, repeats: int, kept: Tensor | None = None, *, slice_bytes: int = 1 << 28
+    ) -> Self:
+        """The constructor, by a name that says what it takes: blocks of H = Σ⁻¹, not of Σ."""
+        return cls(precision, repeats, kept, slice_bytes=slice_bytes)
 
     def _rows(self, kept: Tensor | None) -> Iterator[tuple[slice, BlockDiagonal]]:
         """The coordinates of consecutive rows and their operator, conditioned on `kept`."""
@@ -47,7 +55,7 @@ class RepeatedBlock(LinearOperator):
                 blocks = self.precision[group].expand(count, width, width)
                 if kept is not None:
                     blocks = decoupled(~kept[where].view(count, width), blocks, self._scale[group])
-                yield where, BlockDiagonal(blocks, [width] * count)
+                yield where, BlockDiagonal.of_precision(blocks, [width] * count)
 
     def _by_row(self, X: Tensor) -> Tensor:
         """(n, k) -> (g, B, r·k)."""
@@ -92,7 +100,7 @@ class RepeatedBlock(LinearOperator):
     def conditioned(self, kept: Tensor) -> RepeatedBlock:
         """Exact, by one Cholesky factor of H_SS a row, when it is used."""
         both = kept if self.kept is None else kept & self.kept
-        return RepeatedBlock(self.precision, self.repeats, both, slice_bytes=self._bytes)
+        return RepeatedBlock.of_precision(self.precision, self.repeats, both, slice_bytes=self._bytes)
 
     def blocks(self, index: Tensor) -> Tensor:
         if self._shared is None:

@@ -280,13 +280,13 @@ class BlockFisher(CurvatureEstimator):
     def _operator(self, gamma: float) -> LinearOperator:
         if self._rows is not None:
             parts = [
-                DiagonalPlusLowRank(columns, gamma, len(self._rows), device=self._device)
+                DiagonalPlusLowRank.of_precision(columns, gamma, len(self._rows), device=self._device)
                 for columns in self._rows.split(self._sizes, dim=1)
             ]
             return parts[0] if len(parts) == 1 else DirectSum(parts)
         assert self._blocks is not None
         eye = torch.eye(self._blocks.shape[1], dtype=self._blocks.dtype, device=self._blocks.device)
-        return BlockDiagonal(self._blocks + gamma * eye, self._sizes)
+        return BlockDiagonal.of_precision(self._blocks + gamma * eye, self._sizes)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The rows or the blocks, once there are any."""

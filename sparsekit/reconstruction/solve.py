@@ -83,7 +83,7 @@ def _operator(A: Tensor, B: Tensor | None, ridge: float, outputs: int) -> Linear
     """(B ⊗ Â + λI)⁻¹ on the rows of a group after those of the one before."""
     if B is None and A.shape[1] <= DIRECT:
         damped = A + ridge * torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
-        return RepeatedBlock(damped, outputs)
+        return RepeatedBlock.of_precision(damped, outputs)
     inner, U = torch.linalg.eigh(A)
     outer, V = torch.ones(*A.shape[:1], outputs, dtype=A.dtype, device=A.device), None
     if B is not None:

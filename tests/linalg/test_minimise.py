@@ -1,4 +1,4 @@
-"""One signature for constrained minima; structures write a hook, and those that override the method itself still work."""
+"""One signature for constrained minima; structures write a hook, and subclasses may override the method itself."""
 
 import pytest
 import torch

@@ -236,7 +236,7 @@ class Block:
         assert U is not None
         dual = torch.linalg.inv(U.double()).mT.to(U.dtype) if turned else U
         dual = dual if "outer" not in self.state else dual / self.state["outer"][..., None]
-        return BlockDiagonal((dual / q[:, None]) @ dual.mT, [self.view.modes[0]] * self.view.groups)
+        return BlockDiagonal.of_precision((dual / q[:, None]) @ dual.mT, [self.view.modes[0]] * self.view.groups)
 
     @property
     def factor_sizes(self) -> list[int]:

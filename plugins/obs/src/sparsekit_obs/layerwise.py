@@ -115,7 +115,9 @@ class LayerwiseSurgeon(CurvatureEstimator):
             added = torch.where(diagonal == 0, self.DEAD * gamma, gamma)
             repeats = info.size // (len(moment) * moment.shape[1])
             slice_bytes = self.settings.slice_mebibytes << 20
-            part: LinearOperator = RepeatedBlock(moment + torch.diag_embed(added), repeats, slice_bytes=slice_bytes)
+            part: LinearOperator = RepeatedBlock.of_precision(
+                moment + torch.diag_embed(added), repeats, slice_bytes=slice_bytes
+            )
             b = self._factors.get(info.name)
             if b is not None:
                 part = Rescaled(part, b.rsqrt().repeat_interleave(moment.shape[1]))
