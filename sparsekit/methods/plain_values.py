@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 #: Whole numbers have at most 63 bits, as torch's have.
 LARGEST = 2**63 - 1
 
 
-def as_number(annotation: Any, given: Any) -> Any:
+def as_number(annotation: object, given: object) -> object:
     """`given`, unless the annotation asks for numbers and true, false or an integer of more than 63 bits is given.
 
     Raises:
@@ -26,7 +26,7 @@ def as_number(annotation: Any, given: Any) -> Any:
     return given
 
 
-def _kinds(annotation: Any) -> set[Any]:
+def _kinds(annotation: object) -> set[object]:
     """The plain types that an annotation is made of."""
     if get_origin(annotation) is Literal:
         return set()
@@ -34,7 +34,7 @@ def _kinds(annotation: Any) -> set[Any]:
     return {annotation} if not parts else set().union(*map(_kinds, parts))
 
 
-def unwritable(given: Any) -> str | None:
+def unwritable(given: object) -> str | None:
     """The first text, among keys and values, that no file name and no file of ours could hold; None: all can."""
     if isinstance(given, str):
         return given if "\0" in given or any("\ud800" <= c <= "\udfff" for c in given) else None
@@ -44,7 +44,7 @@ def unwritable(given: Any) -> str | None:
     return next((found for found in map(unwritable, parts) if found is not None), None)
 
 
-def shown(given: Any, most: int = 200) -> str:
+def shown(given: object, most: int = 200) -> str:
     """As it is written in Python, for messages; its middle is left out where it is long."""
     try:
         text = repr(given)

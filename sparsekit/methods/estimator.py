@@ -1,0 +1,216 @@
+"""What a plugin supplies as curvature: an estimator of Σ."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from math import inf
+from typing import Any, ClassVar, Generic, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from typing_extensions import TypeVar
+
+from sparsekit.curvature.vectors import FisherKind
+from sparsekit.errors import CurvatureError, SettingsError
+from sparsekit.machine import Memory
+from sparsekit.methods.settings import Settings
+from sparsekit.problem.objective import Objective
+from sparsekit.problem.parameters import Mask, ParameterSpace
+from sparsekit.removal import InverseFisher
+
+
+class EstimatorSettings(Settings):
+    """What every curvature estimator can be told. An estimator adds its own and may change defaults."""
+
+    damping: float = Field(0.1, gt=0, description="γ, added to the Fisher's diagonal; see damping_scale")
+    damping_scale: Literal["absolute", "relative"] = Field(
+        "relative", description="relative: γ is `damping` times the mean of the Fisher's diagonal"
+    )
+    fisher: FisherKind = Field(
+        "importance",
+        description="importance: one column of the output curvature's root an example, drawn by its length; "
+        "sampled: a label from the model; exact: all columns; empirical: the data's own labels",
+    )
+    examples: int = Field(
+        1024, ge=1, description="calibration examples for each estimate; by default as many as there are, at most 1024"
+    )
+    batch_size: int = Field(32, ge=1, description="examples in one forward and backward pass")
+
+    def fitting(self, available: int) -> int:
+        """The largest `examples` that these settings allow where there are `available`; 0 where there is none."""
+        return available
+
+
+#: The class of an estimator's settings; not checked where the estimator names none.
+EstimatorSettingsT = TypeVar("EstimatorSettingsT", bound=EstimatorSettings, default=Any)
+
+
+class CurvatureEstimator(ABC, Generic[EstimatorSettingsT]):
+    """Estimates Σ ≈ (F + γI)⁻¹; it never touches weights, masks on the model, schedules, files or loggers.
+
+    An estimator with settings of its own may name them for type checkers, `CurvatureEstimator[OwnSettings]`.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[EstimatorSettings]] = EstimatorSettings
+
+    def __init__(self, space: ParameterSpace, settings: EstimatorSettingsT) -> None:
+        self.space = space
+        self.settings = settings
+
+    @abstractmethod
+    def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
+        """Assimilate the objective's examples at its present weights; return figures worth recording.
+
+        Called again after each cut or fine-tuning: an estimator refines what it knows, or starts afresh where
+        its method says so. The objective's model is left as it was found.
+        """
+
+    @abstractmethod
+    def inverse(self, damping: float | None = None) -> InverseFisher:
+        """Σ from the statistics so far; another damping reuses them where the method allows."""
+
+    def shrink(self, mask: Mask) -> None:  # noqa: B027 - following a cut is optional
+        """Follow a cut. By default nothing: removal conditions on removed weights exactly."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that `update` has left behind, as tensors, so that resume equals uninterrupted.
+
+        A large tensor given again as the same object is written again only where torch has counted a change: change
+        it by its own in-place operations, not through `.data` or numpy.
+        """
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+
+    def state_device(self, name: str, tensor: Tensor, device: torch.device) -> torch.device:
+        """Where a tensor of the state lies while the model is on `device`; a resumed run puts it there.
+
+        By default beside the model. A checkpoint holds everything on the host, and only the estimator knows what it
+        keeps there: rows that are paged in because the device is too small for them must not all be put on it.
+        """
+        return device
+
+    @classmethod
+    def statistics(cls, settings: EstimatorSettingsT) -> Mapping[str, object]:
+        """The settings that decide what a first `update` leaves behind: all but the damping.
+
+        Estimators that agree in them, and saw the same examples at the same weights, may share it by `adopt`.
+        """
+        return settings.model_dump(mode="json", exclude={"damping", "damping_scale"})
+
+    def adopt(self, state: Mapping[str, Tensor]) -> bool:
+        """Take over what the first `update` of another estimator with the same `statistics` has left behind.
+
+        Afterwards this one is as after its own update. False, and unchanged, where that cannot be had at its damping.
+        """
+        self.load_state_dict(state)
+        return True
+
+    @classmethod
+    @abstractmethod
+    def memory(cls, space: ParameterSpace, settings: EstimatorSettingsT) -> int:
+        """Bytes of the state and the largest temporary, before anything is allocated."""
+
+    @classmethod
+    def describe(cls, space: ParameterSpace, settings: EstimatorSettingsT) -> Mapping[str, str]:
+        """Name of a parameter -> how its curvature is modelled, for the record; empty where nothing differs."""
+        return {}
+
+    @classmethod
+    def unit(cls, settings: EstimatorSettingsT) -> Literal["loss", "other", "layer"]:
+        """What scores and predicted increases are in, given the settings.
+
+        The network's loss; something else that compares across layers; or each layer's own, which does not.
+        """
+        return "loss"
+
+    #: Integer settings that memory grows with; a refusal names the values that would fit.
+    memory_settings: ClassVar[tuple[str, ...]] = ("batch_size",)
+
+    @classmethod
+    def check(cls, model: nn.Module, space: ParameterSpace, settings: EstimatorSettingsT, available: Memory) -> None:
+        """Refuse what cannot work before any gradient is taken.
+
+        Args:
+            model: the network, perhaps untrained; its layers count, not its weights.
+            space: its prunable weights.
+            settings: the estimator's.
+            available: bytes that can be allocated.
+
+        Raises:
+            SettingsError: with the number that would fit.
+        """
+        cls.check_memory(available.device, settings, lambda given: cls.memory(space, given), space.size)
+
+    @classmethod
+    def check_memory(
+        cls,
+        available: int,
+        settings: EstimatorSettingsT,
+        memory: Callable[[EstimatorSettingsT], int],
+        weights: int,
+        where: str = "memory",
+    ) -> None:
+        """Refuse settings whose `memory(settings)` bytes exceed those `available`, naming values that would fit.
+
+        Args:
+            available: bytes.
+            settings: the estimator's; `memory_settings` names those that are varied.
+            memory: settings -> bytes needed.
+            weights: how many are prunable, for the message and as the bound of settings that are not set.
+            where: what kind of memory it is, for the message.
+
+        Raises:
+            SettingsError: with the largest values that fit.
+        """
+        needed = memory(settings)
+        if needed <= available:
+            return
+        fitting = []
+        for name in cls.memory_settings:
+            given = getattr(settings, name)
+
+            def too_large(value: int, name: str = name) -> bool:
+                return memory(settings.model_copy(update={name: value})) > available
+
+            largest = bisect_left(range(1, given or weights), True, key=too_large)
+            if largest:
+                fitting.append(f"estimator.{name}={largest}")
+        advice = f"set {' or '.join(fitting)} or less" if fitting else "prune fewer parameters (include, exclude)"
+        raise SettingsError(
+            f"the estimator '{cls.name}' needs {needed / 2**20:,.1f} MiB of {where} for {weights:,} weights, "
+            f"{available / 2**20:,.1f} MiB are available; {advice}"
+        )
+
+    def resolve_damping(self, damping: float | None, mean_diagonal: float) -> float:
+        """γ as a number in units of the Fisher; `mean_diagonal` is that of F without damping.
+
+        Raises:
+            CurvatureError: it is not finite and above zero.
+        """
+        if damping is not None:
+            if not 0 < damping < inf:
+                raise CurvatureError(f"a damping of {damping} was given; a finite number above zero is needed")
+            return damping
+        gamma = float(self.settings.damping)
+        if self.settings.damping_scale == "relative":
+            gamma *= mean_diagonal
+        if not gamma > 0:
+            raise CurvatureError(
+                f"damping {self.settings.damping} relative to a mean Fisher diagonal of {mean_diagonal} is not "
+                f"positive: {self.why_zero()}"
+            )
+        return gamma
+
+    def why_zero(self) -> str:
+        """What makes the diagonal vanish, and what to do."""
+        return (
+            "no prunable weight changes the loss of an example that is taken alone (dead units, a network that "
+            "subtracts the mean of its batch, a loss that is flat); mend that, or set damping_scale='absolute'"
+        )

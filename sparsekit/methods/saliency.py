@@ -1,0 +1,71 @@
+"""What a plugin supplies as a saliency: scores, and what they may be made from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Generic
+
+import torch
+from torch import Tensor
+
+from sparsekit.methods.pattern import Units
+from sparsekit.methods.settings import Settings, SettingsT
+from sparsekit.problem.parameters import Mask, ParameterSpace
+from sparsekit.removal import InverseFisher
+
+
+class ScoreContext(ABC):
+    """What a saliency may ask for; what nobody asks for is never computed."""
+
+    @property
+    @abstractmethod
+    def weights(self) -> Tensor:
+        """w, (n,)."""
+
+    @property
+    @abstractmethod
+    def mask(self) -> Mask:
+        """Before the cut."""
+
+    @property
+    @abstractmethod
+    def inverse(self) -> InverseFisher:
+        """Σ."""
+
+    @property
+    @abstractmethod
+    def gradient(self) -> Tensor:
+        """∇L(w), (n,), on the calibration examples."""
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The tensors that the weights come from."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which tensors its weights come from")
+
+    @property
+    @abstractmethod
+    def units(self) -> Units | None:
+        """The pattern's units, None where weights go one by one."""
+
+    @property
+    @abstractmethod
+    def generator(self) -> torch.Generator:
+        """For saliencies that draw."""
+
+
+class Saliency(ABC, Generic[SettingsT]):
+    """Scores weights: the lowest are removed first."""
+
+    name: ClassVar[str]
+    #: Whether it scores the groups of a pattern, and so needs a pattern that has them.
+    of_groups: ClassVar[bool] = False
+    #: Whether it asks for the gradient, and so needs examples also where the estimator takes none.
+    takes_gradient: ClassVar[bool] = False
+    Settings: ClassVar[type[Settings]] = Settings
+
+    def __init__(self, settings: SettingsT) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def score(self, context: ScoreContext) -> Tensor:
+        """(n,) scores; those of removed weights are ignored."""
