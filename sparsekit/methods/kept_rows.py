@@ -1,0 +1,92 @@
+"""The Fisher as its gradient rows: the memory of m vectors, inverted by Woodbury's identity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sparsekit.linalg import DiagonalPlusLowRank, DirectSum, LinearOperator
+from sparsekit.linalg.lowrank import PAGE_BYTES
+from sparsekit.methods.block_settings import BlockFisherSettings
+from sparsekit.problem.objective import Objective
+from sparsekit.problem.parameters import ParameterSpace
+
+
+class KeptRows:
+    """All m rows, from which Σ comes where m is less than the length of a block.
+
+    Attributes:
+        mean_diagonal: of F.
+    """
+
+    def __init__(self, space: ParameterSpace, settings: BlockFisherSettings, sizes: Sequence[int]) -> None:
+        self.space, self.settings, self.sizes = space, settings, list(sizes)
+        self.mean_diagonal = 0.0
+        self.rows: Tensor | None = None  # (m, n)
+
+    def take(self, rows: Iterator[Tensor], count: int, objective: Objective) -> int:
+        """Keep `count` rows, and say how many came."""
+        self.rows = None  # freed before as much again is allocated
+        where = self.place(objective.device, count, objective.dtype)
+        kept = torch.empty(count, self.space.size, dtype=objective.dtype, device=where)
+        done, squares = 0, 0.0
+        for batch in rows:
+            kept[done : done + len(batch)] = batch
+            squares += sum(float(row.double().square().sum()) for row in batch)
+            done += len(batch)
+        self.rows, self.mean_diagonal = kept, squares / count / self.space.size
+        return done
+
+    def place(self, device: torch.device, count: int, dtype: torch.dtype) -> torch.device:
+        """Where rows lie while the model is on `device`."""
+        where = self.settings.rows_on
+        if where == "auto" and device.type == "cuda":
+            needed = count * self.space.size * dtype.itemsize + self.beside(self.space, self.settings, self.sizes)
+            where = "device" if needed < 0.8 * torch.cuda.mem_get_info(device)[0] else "host"
+        return torch.device("cpu") if where == "host" else device
+
+    @property
+    def known(self) -> bool:
+        """Whether there are rows."""
+        return self.rows is not None
+
+    def operator(self, gamma: float, device: torch.device | None) -> LinearOperator:
+        """Σ for vectors on `device`."""
+        assert self.rows is not None
+        parts = [
+            DiagonalPlusLowRank.of_precision(columns, gamma, len(self.rows), device=device)
+            for columns in self.rows.split(self.sizes, dim=1)
+        ]
+        return parts[0] if len(parts) == 1 else DirectSum(parts)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rows, once there are any."""
+        return {} if self.rows is None else {"rows": self.rows}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        self.rows = state.get("rows")
+
+    def adoptable(self, state: Mapping[str, Tensor]) -> bool:
+        """Always: rows know of no damping."""
+        return True
+
+    def state_device(self, name: str, tensor: Tensor, device: torch.device) -> torch.device:
+        """Rows go where `rows_on` says, the rest beside the model."""
+        return self.place(device, len(tensor), tensor.dtype) if name == "rows" else device
+
+    @staticmethod
+    def bytes(space: ParameterSpace, settings: BlockFisherSettings) -> int:
+        """Of the rows; of a float32 model."""
+        return 4 * settings.rows * space.size
+
+    @staticmethod
+    def beside(space: ParameterSpace, settings: BlockFisherSettings, sizes: Sequence[int]) -> int:
+        """Bytes beside the rows: Gram matrices, pages of columns, a batch, vectors."""
+        m = settings.rows
+        # factors of a cut and of the one before it, what a factor is made of; pages of columns in float64, and
+        # without those that are gone; vectors
+        factors, pages = (2 * len(sizes) + 4) * m * m * 8, 4 * min(PAGE_BYTES, 8 * m * max(sizes))
+        return factors + pages + settings.batch_bytes(space.size) + 8 * 16 * space.size
