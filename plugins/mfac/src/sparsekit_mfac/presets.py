@@ -1,14 +1,12 @@
 """The published configurations of M-FAC."""
 
-from typing import Any
-
 from sparsekit import Preset
 
 #: A row is the mean gradient of 32 examples.
 AVERAGE = 32
 
 
-def _estimator(rows: int, block_size: int) -> dict[str, Any]:
+def _estimator(rows: int, block_size: int) -> dict[str, object]:
     # The published γ = 1e-5 is in units of the matrix of averaged rows, F/32.
     return {
         "name": "mfac",

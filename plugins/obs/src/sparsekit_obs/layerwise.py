@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -37,7 +37,7 @@ class LayerwiseSettings(EstimatorSettings):
     slice_mebibytes: int = Field(256, ge=1, description="memory for rows whose systems are solved at a time")
 
 
-class LayerwiseSurgeon(CurvatureEstimator):
+class LayerwiseSurgeon(CurvatureEstimator[LayerwiseSettings]):
     """H = 2 E XXᵀ for the loss ‖WX − ŴX‖² of each layer's outputs: rows of W do not couple and share H.
 
     No labels and no gradients are used, and scores compare within a layer only, so that the pattern must not compare
@@ -67,7 +67,7 @@ class LayerwiseSurgeon(CurvatureEstimator):
         self._factors: dict[str, Tensor] = {}  # b, (out,), by name; empty without an allocation
 
     @classmethod
-    def unit(cls, settings: Any) -> Literal["loss", "other", "layer"]:
+    def unit(cls, settings: LayerwiseSettings) -> Literal["loss", "other", "layer"]:
         """Comparable between layers with an allocation; never the loss, for γ is of each layer's own H."""
         return "layer" if settings.allocation == "layer" else "other"
 
@@ -135,12 +135,12 @@ class LayerwiseSurgeon(CurvatureEstimator):
         self._moments = {name: moment for name, moment in state.items() if not name.startswith("factor.")}
 
     @classmethod
-    def memory(cls, space: ParameterSpace, settings: Any) -> int:
+    def memory(cls, space: ParameterSpace, settings: LayerwiseSettings) -> int:
         """Hessian, precision and inverse of each layer, a slice of rows, and patches; of groups only `check` knows."""
         return cls._needed(space, settings, {})
 
     @staticmethod
-    def _needed(space: ParameterSpace, settings: Any, groups: Mapping[str, int]) -> int:
+    def _needed(space: ParameterSpace, settings: LayerwiseSettings, groups: Mapping[str, int]) -> int:
         matrices, largest = 0, 0
         for info in space.parameters:
             count, width = groups.get(info.name, 1), info.size // info.shape[0]
@@ -152,6 +152,6 @@ class LayerwiseSurgeon(CurvatureEstimator):
         return matrices + max(largest, rows) + input_moments_memory() + 4 * 8 * space.size
 
     @classmethod
-    def check(cls, model: nn.Module, space: ParameterSpace, settings: Any, available: Memory) -> None:
+    def check(cls, model: nn.Module, space: ParameterSpace, settings: LayerwiseSettings, available: Memory) -> None:
         groups = layer_groups(model, space)
         cls.check_memory(available.device, settings, lambda given: cls._needed(space, given, groups), space.size)

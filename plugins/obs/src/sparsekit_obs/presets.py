@@ -1,11 +1,9 @@
 """The published configurations of Optimal Brain Surgeon on blocks."""
 
-from typing import Any
-
 from sparsekit import Preset
 
 
-def _estimator(rows: int, average: int, block_size: int, damping: float) -> dict[str, Any]:
+def _estimator(rows: int, average: int, block_size: int, damping: float) -> dict[str, object]:
     # Published dampings are in units of the matrix of averaged rows, F/average.
     return {
         "name": "obs",

@@ -1,13 +1,11 @@
 """The published configurations of WoodFisher and WoodTaylor."""
 
-from typing import Any
-
 from sparsekit import Preset
 
 SOURCE = "Singh and Alistarh, 2020, and the scripts of IST-DASLab/WoodFisher"
 
 
-def _estimator(rows: int, average: int, chunk: int) -> dict[str, Any]:
+def _estimator(rows: int, average: int, chunk: int) -> dict[str, object]:
     # The published γ = 1e-5 is in units of the matrix of averaged rows, F/average.
     return {
         "name": "woodfisher",
