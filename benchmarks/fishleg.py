@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from sparsekit import Categorical, Objective, ParameterSpace
 from sparsekit.curvature import gradient_rows
-from sparsekit_fishleg.estimator import FishLeg, FishLegSettings
+from sparsekit_fishleg.estimator import FishLeg
+from sparsekit_fishleg.settings import FishLegSettings
 
 STRUCTURES = ("eigenbasis", "kronecker", "outer", "three-factor", "frozen", "blocks", "diagonal", "dense")
 RELATIVE_DAMPING = 0.1

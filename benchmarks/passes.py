@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 
 from sparsekit.curvature import gradient_rows
-from sparsekit.curvature.rows import FisherKind
+from sparsekit.curvature.vectors import FisherKind
 from sparsekit.models.resnet import resnet
 from sparsekit.problem.likelihoods import Categorical
 from sparsekit.problem.objective import Objective
 from sparsekit.problem.parameters import ParameterSpace
 from sparsekit_fishleg.auxiliary import AuxiliaryProblem
-from sparsekit_fishleg.estimator import FishLeg, FishLegSettings, network_product
+from sparsekit_fishleg.estimator import FishLeg
+from sparsekit_fishleg.products import layer_product, network_product
+from sparsekit_fishleg.settings import FishLegSettings
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -41,10 +43,11 @@ def auxiliary_step(objective: Objective, products: str) -> Callable[[], object]:
     generator = torch.Generator().manual_seed(0)
     gamma = made.update(objective, generator=generator)["mean_diagonal"] * made.settings.damping
     like = torch.empty(0)
-    problem = AuxiliaryProblem(made._blocks, gamma, 8, True, None, generator, objective.space.size, like)
+    problem = AuxiliaryProblem(made._blocks, gamma, 8, True, generator, like)
     parameters = [block.trainable() for block in made._blocks]
     optimiser = torch.optim.Adam([t for layer in parameters for t in layer.values()], lr=1e-3)
-    fisher = made._layer_product(objective, generator) if products == "layer" else network_product(objective)
+    within = layer_product(objective, made.settings.fisher, generator)
+    fisher = within if products == "layer" else network_product(objective)
     return lambda: problem.step(parameters, optimiser, fisher)
 
 

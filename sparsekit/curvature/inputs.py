@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sparsekit.curvature.rows import HookedLayer, hooked_layers, input_patches, record_uses
+from sparsekit.curvature.hooked_layers import HookedLayer, hooked_layers, record_uses
+from sparsekit.curvature.layer_rules import input_patches
 from sparsekit.errors import ModelError
 from sparsekit.problem.objective import Objective, as_found, some
 from sparsekit.problem.parameters import ParameterSpace

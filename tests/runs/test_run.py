@@ -65,7 +65,6 @@ def interrupt_after(step):
             "estimator": {
                 "name": "fishleg",
                 "examples": 128,
-                "after_cut": "learn",
                 "refresh": "auxiliary",
                 "auxiliary_steps": 4,
             }
@@ -113,7 +112,7 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path):
         },
         {
             "reconstruction": {"how": "layerwise", "examples": 192, "when": "level"},
-            "estimator": {"name": "fishleg", "examples": 128, "after_cut": "learn", "auxiliary_steps": 4},
+            "estimator": {"name": "fishleg", "examples": 128, "auxiliary_steps": 4},
         },
     ],
     ids=["gradual, the estimator's weighting", "independent levels, measured weighting", "layerwise, learned"],

@@ -17,9 +17,8 @@ CONFIGURATIONS = {
         ONE_DAMPING | HELD_OUT,
     ),
     "two factors": ({"auxiliary_steps": 0, "structure": "kronecker"}, ("mlp", "tied"), ONE_DAMPING),
-    "survivors": ({"auxiliary_steps": 6, "after_cut": "learn"}, ("gaussian",), ONE_DAMPING | HELD_OUT),
     "auxiliary alone": (
-        {"auxiliary_steps": 6, "check_every": 2, "refresh": "auxiliary", "products": "network", "after_cut": "learn"},
+        {"auxiliary_steps": 6, "check_every": 2, "refresh": "auxiliary", "products": "network"},
         ("linear", "mlp"),
         ONE_DAMPING | HELD_OUT,
     ),

@@ -8,7 +8,7 @@ from sparsekit import Categorical, Objective, ParameterSpace, SettingsError
 from sparsekit.testing import dense_fisher
 from sparsekit_fishleg import FishLeg, View, structure_of
 from sparsekit_fishleg.blocks import Block
-from sparsekit_fishleg.estimator import FishLegSettings
+from sparsekit_fishleg.settings import FishLegSettings
 from sparsekit_fishleg.structures import view
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sparsekit import CurvatureError
 from sparsekit_fishleg.blocks import Block, Parts
+from sparsekit_fishleg.products import FisherProduct
+from sparsekit_fishleg.settings import FishLegSettings
 
-#: F V for V (n, k), by the examples of one batch or of all held-out ones.
-FisherProduct = Callable[[Tensor], Tensor]
 Parameters = list[dict[str, Tensor]]
 
 #: Times that the step is halved before divergence is an error.
@@ -47,109 +47,115 @@ def fit(
     blocks: Sequence[Block],
     batch: Callable[[int], FisherProduct],
     held_out: FisherProduct,
+    settings: FishLegSettings,
     *,
     damping: float,
-    steps: int,
-    probes: int,
-    learning_rate: float,
-    check_every: int,
-    preconditioned: bool,
-    carry: bool,
-    keep: Tensor | None,
     generator: torch.Generator,
-    size: int,
     like: Tensor,
 ) -> Fit:
-    """Take up to `steps` auxiliary steps; the blocks end in the best state that the held-out residual saw.
+    """Take up to `auxiliary_steps`; the blocks end in the best state that the held-out residual saw.
 
-    A look that finds the residual at more than twice that of the start undoes what came after the best state, halves
-    the step, and lets Adam forget; steps undone do not count.
-
-    A(λ) = E_u [½ (Qu)ᵀH(Qu) − uᵀQu] has the gradient E_u [rᵀ (∂Q/∂λ) u] with the residual r = H Q u − u held
-    fixed. In directions of small curvature r is small although the error of Q is large; r is therefore replaced
-    by Q r (`preconditioned`), which treats all directions alike. Both vanish at Q = H⁻¹. Where Q cannot represent
-    the inverse, the plain gradient finds the minimum of E‖Qu − H⁻¹u‖²_H, and the preconditioned one the stationary
-    point of r weighted by Q.
+    Every `check_every` steps the held-out residual is measured. Above twice that of the start, everything after the
+    best state is undone, the step is halved and Adam's moments are dropped; undone steps do not count. Two
+    measurements in a row without progress end the fit. With refresh='auxiliary' Adam goes on from the blocks'
+    `moments`, where there are any, and leaves there those of the state in which the blocks end.
 
     Args:
         blocks: consecutive shares of Rⁿ.
         batch: step -> product with the Fisher of a batch of examples.
         held_out: product with the layer-block Fisher of examples used for no step.
+        settings: FishLeg's.
         damping: γ.
-        steps: at most so many of Adam's.
-        probes: Gaussian u for each step.
-        learning_rate: Adam's.
-        check_every: steps between looks at the held-out residual; two looks without progress end the fit.
-        preconditioned: see above.
-        carry: whether Adam goes on from the blocks' `moments` (where there are any), and leaves there those of the
-            state in which the blocks end. The learning rate is not carried: it starts anew.
-        keep: (n,) bool; with it u lives on these weights and H is restricted to them. None: all.
         generator: draws u.
-        size: n.
         like: a tensor of the type and device to work in.
 
     Raises:
         CurvatureError: the residual of the start is not finite, or the fit still diverges after the step was halved
             BACK_OFFS times.
     """
-    problem = AuxiliaryProblem(blocks, damping, probes, preconditioned, keep, generator, size, like)
-    trial = problem.draw()
+    problem = AuxiliaryProblem(blocks, damping, settings.probes, settings.preconditioned, generator, like)
+    trial, carries, rate = problem.draw(), settings.carries, settings.auxiliary_learning_rate
     parameters = [block.trainable() for block in blocks]
-    optimiser = _adam(parameters, learning_rate, [block.moments for block in blocks] if carry else None)
-    best, before = _copy(parameters), problem.ratio(parameters, trial, held_out)
+    optimiser = _adam(parameters, rate, [block.moments for block in blocks] if carries else None)
+    best = _Best(problem.ratio(parameters, trial, held_out), 0, _copy(parameters), [block.moments for block in blocks])
+    before, done, taken, idle, back_offs = best.residual, 0, 0, 0, 0
     if not math.isfinite(before):
         raise CurvatureError(
             f"the auxiliary fit cannot start: its held-out residual is {before}; raise estimator.damping"
         )
-    moments = [block.moments for block in blocks]
-    lowest, reached, done, taken, idle, back_offs = before, 0, 0, 0, 0, 0
-    while done < steps:
+    while done < settings.auxiliary_steps and idle < 2:
         problem.step(parameters, optimiser, batch(taken))
         taken, done = taken + 1, done + 1
-        if done % check_every and done < steps:
+        if done % settings.check_every and done < settings.auxiliary_steps:
             continue
         now = problem.ratio(parameters, trial, held_out)
         if not now <= max(2 * before, EXACT):
             back_offs += 1
             if back_offs > BACK_OFFS:
-                raise CurvatureError(
-                    f"the auxiliary fit diverges: its held-out residual went from {before:.2e} to {now:.2e} and "
-                    f"still does after the step was halved {BACK_OFFS} times; lower "
-                    "estimator.auxiliary_learning_rate or raise estimator.damping"
-                )
-            parameters, done, idle = _leaves(best), reached, 0
-            optimiser = _adam(parameters, learning_rate / 2**back_offs)
+                raise _divergence(before, now)
+            parameters, done, idle = _leaves(best.parameters), best.steps, 0
+            optimiser = _adam(parameters, rate / 2**back_offs)
             continue
-        idle = 0 if now < 0.99 * lowest else idle + 1
-        if now < lowest:
-            best, lowest, reached = _copy(parameters), now, done
-            moments = _moments(parameters, optimiser) if carry else moments
-        if idle == 2:
-            break
-    if lowest < before:
-        for block, found, known in zip(blocks, best, moments, strict=True):
+        idle = 0 if now < 0.99 * best.residual else idle + 1
+        if now < best.residual:
+            best = _Best(now, done, _copy(parameters), _moments(parameters, optimiser) if carries else best.moments)
+    if best.residual < before:
+        best.absorbed_by(blocks)
+    return Fit(taken, before, best.residual, back_offs)
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The state with the lowest held-out residual so far, reached after `steps`."""
+
+    residual: float
+    steps: int
+    parameters: Parameters
+    moments: Sequence[dict[str, Tensor]]
+
+    def absorbed_by(self, blocks: Sequence[Block]) -> None:
+        for block, found, known in zip(blocks, self.parameters, self.moments, strict=True):
             block.absorb(found)
             block.moments = known
-    return Fit(taken, before, lowest, back_offs)
+
+
+def _divergence(before: float, now: float) -> CurvatureError:
+    return CurvatureError(
+        f"the auxiliary fit diverges: its held-out residual went from {before:.2e} to {now:.2e} and "
+        f"still does after the step was halved {BACK_OFFS} times; lower "
+        "estimator.auxiliary_learning_rate or raise estimator.damping"
+    )
 
 
 @dataclass(frozen=True)
 class AuxiliaryProblem:
-    """The auxiliary loss; see `fit` for what its attributes are."""
+    """The auxiliary loss A(λ) = E_u [½ (Qu)ᵀH(Qu) − uᵀQu] of Q(λ), n weights, and its steps.
+
+    It has the gradient E_u [rᵀ (∂Q/∂λ) u] with the residual r = H Q u − u held fixed. In directions of small curvature
+    r is small although the error of Q is large; r is therefore replaced by Q r (`preconditioned`), which treats all
+    directions alike. Both vanish at Q = H⁻¹. Where Q cannot represent the inverse, the plain gradient finds the
+    minimum of E‖Qu − H⁻¹u‖²_H, and the preconditioned one the stationary point of r weighted by Q.
+
+    Attributes:
+        blocks: consecutive shares of Rⁿ.
+        damping: γ.
+        probes: Gaussian u for each step.
+        preconditioned: see above.
+        generator: draws u.
+        like: a tensor of the type and device to work in.
+    """
 
     blocks: Sequence[Block]
     damping: float
     probes: int
     preconditioned: bool
-    keep: Tensor | None
     generator: torch.Generator
-    size: int
     like: Tensor
 
     def draw(self) -> Tensor:
-        """U (n, k), Gaussian on the kept weights."""
-        shape = (self.size, self.probes)
-        return self._inside(torch.randn(shape, generator=self.generator, device=self.generator.device).to(self.like))
+        """U (n, k), Gaussian."""
+        shape = (sum(block.size for block in self.blocks), self.probes)
+        return torch.randn(shape, generator=self.generator, device=self.generator.device).to(self.like)
 
     def ratio(self, parameters: Parameters, u: Tensor, fisher: FisherProduct) -> float:
         """‖r‖²_Q / ‖u‖²_Q for u (n, k)."""
@@ -185,17 +191,14 @@ class AuxiliaryProblem:
         return [block.parts(layer) for block, layer in zip(self.blocks, parameters, strict=True)]
 
     def _residual(self, Q: Sequence[Parts], u: Tensor, fisher: FisherProduct) -> Tensor:
-        """R = H Q u − u (n, k), on the kept weights."""
+        """R = H Q u − u (n, k)."""
         V = self._product(Q, u)
-        return self._inside(fisher(V) + self.damping * V - u)
+        return fisher(V) + self.damping * V - u
 
     def _product(self, Q: Sequence[Parts], X: Tensor) -> Tensor:
-        """Q X for X (n, k), on the kept weights."""
+        """Q X for X (n, k)."""
         shares = zip(self.blocks, Q, self._split(X), strict=True)
-        return self._inside(torch.cat([block.product(parts, x) for block, parts, x in shares]))
-
-    def _inside(self, X: Tensor) -> Tensor:
-        return X if self.keep is None else self.keep.to(X.dtype)[:, None] * X
+        return torch.cat([block.product(parts, x) for block, parts, x in shares])
 
     def _split(self, X: Tensor) -> Sequence[Tensor]:
         return X.split([block.size for block in self.blocks])

@@ -1,0 +1,47 @@
+"""How well Q fits, tensor by tensor, on examples it has not seen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsekit import FisherKind, Objective
+from sparsekit.curvature import gradient_rows
+from sparsekit.linalg import LinearOperator
+
+
+def diagnose(
+    operator: LinearOperator, damping: float, held: Objective, fisher: FisherKind, u: Tensor, generator: torch.Generator
+) -> dict[str, float]:
+    """Figures of each tensor against its layer-block Fisher on the held-out examples; see `FishLeg.update`.
+
+    Args:
+        operator: Q.
+        damping: γ.
+        held: the examples that judge.
+        fisher: which Fisher.
+        u: (n, k), standard normal.
+        generator: for the labels.
+    """
+    figures, V = {}, operator @ u
+    image, squares, count = torch.zeros_like(V), torch.zeros_like(u[:, 0]), held.count()
+    for rows in gradient_rows(held, fisher, generator=generator):
+        squares += rows.square().sum(0) / count
+        for info in held.space.parameters:
+            part = rows[:, info.slice]
+            image[info.slice] += part.mT @ (part @ V[info.slice]) / count
+    HV = image + damping * V
+    r = HV - u
+    Qr, model = operator @ r, operator.inverse_diagonal()
+    for info in held.space.parameters:
+        at = info.slice
+        energy = float((u[at] * V[at]).sum())
+        if not energy > 0:  # removed whole
+            continue
+        figures[f"{info.name}/residual"] = float((r[at] * Qr[at]).sum()) / energy
+        figures[f"{info.name}/auxiliary_loss"] = (float((V[at] * HV[at]).sum()) - 2 * energy) / energy
+        logs = torch.stack([model[at], squares[at] + damping]).double().log()
+        if bool((logs.std(1) > 0).all()):
+            figures[f"{info.name}/diagonal_correlation"] = float(torch.corrcoef(logs)[0, 1])
+        figures[f"{info.name}/diagonal_ratio"] = float((logs[0] - logs[1]).mean().exp())
+    return figures
