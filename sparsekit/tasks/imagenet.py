@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from sparsekit.errors import DataError
-from sparsekit.methods.interfaces import FinetuneSettings, Split, Task, TaskSettings, measure
+from sparsekit.methods.interfaces import FinetuneSettings, Split, Task, TaskSettings
 from sparsekit.models import load_checkpoint
 from sparsekit.problem.likelihoods import Categorical
 from sparsekit.tasks.dense import check_checkpoint
@@ -147,10 +147,6 @@ class ImageNet(Task):
             augment=augment,
             workers=self.settings.workers,
         )
-
-    def measure(self, model: nn.Module, split: Split) -> dict[str, float]:
-        # 500, as elsewhere, would take gigabytes
-        return measure(model, self.likelihood, self.batches(split, batch_size=100))
 
     def fingerprint(self) -> str:
         """Of the image files' names, classes and sizes, not of their contents: those are 150 GB."""
