@@ -13,16 +13,10 @@ from urllib.parse import unquote
 
 import pytest
 
-from sparsekit.runs import tracking
-from sparsekit.runs.tracking import (
-    NullTracker,
-    Tracker,
-    TrackingError,
-    default_uri,
-    initialise,
-    resolve_uri,
-    ui_command,
-)
+from sparsekit.runs import tracking, tracking_store
+from sparsekit.runs.addresses import TrackingError
+from sparsekit.runs.tracking import NullTracker, Tracker
+from sparsekit.runs.tracking_store import default_uri, initialise, resolve_uri, ui_command
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +34,7 @@ def uri(output):
 
 @pytest.fixture(scope="module")
 def client(uri):
-    return tracking._client(uri)
+    return tracking_store.client_of(uri)
 
 
 @pytest.fixture
@@ -144,7 +138,7 @@ def test_a_folder_that_cannot_be_made_is_explained(tmp_path):
 
 @pytest.mark.slow  # two interpreters import mlflow
 def test_two_processes_may_initialise_at_once(tmp_path):
-    script = "import sys; from sparsekit.runs.tracking import initialise; initialise(sys.argv[1])"
+    script = "import sys; from sparsekit.runs.tracking_store import initialise; initialise(sys.argv[1])"
     command = [sys.executable, "-c", script, default_uri(tmp_path)]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in processes]
@@ -387,7 +381,7 @@ def test_telemetry_is_off(uri):
 
 def test_what_the_user_set_is_kept(monkeypatch):
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
-    tracking._mlflow()
+    tracking_store.mlflow_module()
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
 
 
@@ -418,7 +412,7 @@ def test_the_lock_lies_beside_the_database(uri):
 def test_a_database_that_was_not_finished_is_in_nobodys_way(tmp_path, monkeypatch):
     uri = default_uri(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(tracking.os, "replace", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(tracking_store.os, "replace", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             initialise(uri)
     (tmp_path / ".mlflow.db.0.new").write_bytes(b"half a database")
@@ -442,8 +436,8 @@ def test_a_database_that_was_not_finished_is_in_nobodys_way(tmp_path, monkeypatc
     ],
 )
 def test_what_is_secret_in_an_address_is_not_shown(uri, shown):
-    assert tracking.addresses.redacted(uri) == shown
-    assert "hunter2" not in tracking.ui_command(uri)
+    assert tracking_store.addresses.redacted(uri) == shown
+    assert "hunter2" not in tracking_store.ui_command(uri)
 
 
 def test_a_password_is_in_no_message_of_a_server_that_is_not_there():
@@ -466,5 +460,5 @@ class Healthy(BaseHTTPRequestHandler):
 def test_a_server_is_found_at_an_address_with_credentials():
     with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        tracking._check_server(f"http://me:hunter2@127.0.0.1:{server.server_port}")
+        tracking_store._check_server(f"http://me:hunter2@127.0.0.1:{server.server_port}")
         server.shutdown()
