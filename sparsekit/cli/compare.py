@@ -24,7 +24,7 @@ from sparsekit.errors import SettingsError
 from sparsekit.machine import find_device
 from sparsekit.registry.installed import load_registry
 from sparsekit.runs.settings import merge, parse_assignment, read_config, validated
-from sparsekit.runs.tracking import resolve_uri
+from sparsekit.runs.tracking_store import resolve_uri
 
 
 def compare(

@@ -18,7 +18,7 @@ from sparsekit.pruning.events import Event, PhaseStarted, StepCompleted
 from sparsekit.runs.preview import Preview, planned
 from sparsekit.runs.run import Outcome
 from sparsekit.runs.settings import ResolvedRun
-from sparsekit.runs.tracking import ui_command
+from sparsekit.runs.tracking_store import ui_command
 
 
 class ProgressDisplay:

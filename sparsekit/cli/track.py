@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sparsekit.compare.upload import track as tell
-from sparsekit.runs.tracking import resolve_uri, ui_command
+from sparsekit.runs.tracking_store import resolve_uri, ui_command
 
 
 def track(

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from sparsekit.compare.plan import PLAN, Comparison
 from sparsekit.errors import RecordError
+from sparsekit.runs.addresses import TrackingError
 from sparsekit.runs.directory import RunDirectory
 from sparsekit.runs.publish import publish
-from sparsekit.runs.tracking import Tracker, TrackingError
+from sparsekit.runs.tracking import Tracker
 
 #: MLflow's tag for the run above a run.
 PARENT = "mlflow.parentRunId"

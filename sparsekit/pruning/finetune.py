@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-from sparsekit.errors import CurvatureError
 from sparsekit.methods.interfaces import FinetuneSettings
 from sparsekit.problem.likelihoods import Likelihood
 from sparsekit.problem.networks import dense_gradients, refuse_autocast, tensor_outputs
-from sparsekit.problem.objective import Batch, pairs, some
+from sparsekit.problem.objective import Batch, some
 from sparsekit.problem.parameters import Mask, ParameterSpace
+from sparsekit.pruning.training import descend, half_cosine
 
 
 def finetune(
@@ -58,51 +62,60 @@ def finetune(
     total = math.ceil(settings.epochs * batches_per_epoch)
     if total == 0:
         return 0
-    optimiser = torch.optim.SGD(
-        model.parameters(),
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
-    decay = (lambda t: 0.5 * (1 + math.cos(math.pi * t / total))) if settings.decay == "cosine" else (lambda t: 1.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, decay)
-    device = next(model.parameters()).device
-    tensors = space.tensors(model)
-    removed = mask.removed.to(device)
-    gone = {name: removed[space[name].slice].view(p.shape) for name, p in tensors.items()}
+    rate, momentum, decay = settings.learning_rate, settings.momentum, settings.weight_decay
+    optimiser = SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=decay)
+    falls = settings.decay == "cosine"
+    schedule = half_cosine(optimiser, rate, total) if falls else LambdaLR(optimiser, lambda _: 1.0)
+    removed = _removed(model, space, mask)
+    with _in_training(model), dense_gradients(model), tensor_outputs(model), torch.enable_grad():
+        examples = islice(_endless(batches), total)
+        advice = "lower finetune.learning_rate"
+        for taken in descend(model, likelihood, examples, optimiser, schedule, advice=advice):
+            _clear(removed, optimiser)
+            if progress is not None:
+                progress(taken, total)
+    return total
+
+
+def _endless(batches: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
+    """Epoch after epoch.
+
+    Raises:
+        DataError: an epoch has no batches.
+    """
+    while True:
+        count = 0
+        for batch in batches():
+            count += 1
+            yield batch
+        some(count)  # or it would never end
+
+
+@contextmanager
+def _in_training(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode is in training mode inside. On exit all modes are restored and gradients removed."""
     modes = {module: module.training for module in model.modules()}
     if not model.training:
         model.train()
-    taken = 0
     try:
-        with dense_gradients(model), tensor_outputs(model), torch.enable_grad():  # whatever the caller has switched off
-            while taken < total:
-                before = taken
-                for inputs, targets in pairs(batches(), device):
-                    optimiser.zero_grad(set_to_none=True)
-                    loss = likelihood.losses(model(inputs), targets).mean()
-                    if not bool(loss.isfinite()):
-                        raise CurvatureError(
-                            f"the loss became {float(loss.detach())} in fine-tuning step {taken}; "
-                            "lower finetune.learning_rate"
-                        )
-                    loss.backward()
-                    optimiser.step()
-                    schedule.step()
-                    with torch.no_grad():
-                        for name, parameter in tensors.items():
-                            parameter.masked_fill_(gone[name], 0.0)
-                            momentum = optimiser.state[parameter].get("momentum_buffer")
-                            if momentum is not None:
-                                momentum.masked_fill_(gone[name], 0.0)
-                    taken += 1
-                    if progress is not None:
-                        progress(taken, total)
-                    if taken == total:
-                        break
-                some(taken - before)  # or it would never end
+        yield
     finally:
-        optimiser.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         for module, training in modes.items():
             module.training = training
-    return taken
+
+
+def _removed(model: nn.Module, space: ParameterSpace, mask: Mask) -> list[tuple[nn.Parameter, Tensor]]:
+    """Each prunable parameter with a mask of its shape, beside it."""
+    removed = mask.removed.to(next(model.parameters()).device)
+    return [(p, removed[space[name].slice].view(p.shape)) for name, p in space.tensors(model).items()]
+
+
+@torch.no_grad()
+def _clear(removed: list[tuple[nn.Parameter, Tensor]], optimiser: Optimizer) -> None:
+    """Removed weights become zero, and so does their momentum."""
+    for parameter, gone in removed:
+        parameter.masked_fill_(gone, 0.0)
+        momentum = optimiser.state[parameter].get("momentum_buffer")
+        if momentum is not None:
+            momentum.masked_fill_(gone, 0.0)

@@ -124,8 +124,8 @@ def _interval(values: list[float]) -> tuple[float, float] | None:
     if n < FEWEST or not all(math.isfinite(value) for value in values):
         return None
     mean = sum(values) / n
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n)
+    # stats.t.interval is not defined where all values are equal: its scale must not be zero.
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * stats.sem(values))
     return mean - reach, mean + reach
 
 

@@ -20,7 +20,7 @@ from sparsekit.runs.identity import plugins_used, sources
 from sparsekit.runs.preview import check_sparsities, preview, with_examples
 from sparsekit.runs.schema import RunRecord, run_key
 from sparsekit.runs.settings import ResolvedRun
-from sparsekit.runs.tracking import resolve_uri
+from sparsekit.runs.tracking_store import resolve_uri
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from sparsekit.problem.likelihoods import Bernoulli
 from sparsekit.problem.objective import as_found
 from sparsekit.tasks.dense import Recipe, cached_network, check_checkpoint, dense_network, train
 from sparsekit.tasks.idx import MnistFiles
-from sparsekit.tasks.images import ImageBatches, MappedBatches, part
+from sparsekit.tasks.images import Batching, ImageBatches, MappedBatches, part, without_augmentation
 
 #: 58.6 nats and a squared error of 3.5 per image were found on the reporting half, after a quarter of an hour.
 RECIPE = Recipe(epochs=20, learning_rate=1e-3, batch_size=128)
@@ -70,26 +70,11 @@ class MnistAutoencoder(Task):
     def _part(self, split: Split) -> Tensor:
         return self._files.images("train" if split == "train" else "t10k")[part(split)]
 
-    def batches(
-        self,
-        split: Split,
-        *,
-        batch_size: int,
-        limit: int | None = None,
-        generator: torch.Generator | None = None,
-        augment: bool = False,
-    ) -> MappedBatches:
+    def batches(self, split: Split, **how: Unpack[Batching]) -> MappedBatches:
         """(pixels, pixels), each (b, 784) in [0, 1]; there is no augmentation."""
         images = self._part(split)
-        batches = ImageBatches(
-            images,
-            torch.zeros(len(images), dtype=torch.long),
-            mean=(0.0,),
-            std=(1.0,),
-            batch_size=batch_size,
-            limit=limit,
-            generator=generator,
-        )
+        labels = torch.zeros(len(images), dtype=torch.long)
+        batches = ImageBatches(images, labels, mean=(0.0,), std=(1.0,), **without_augmentation(how))
         return MappedBatches(batches, lambda pixels, _: (pixels.flatten(1), pixels.flatten(1)))
 
     def fingerprint(self) -> str:

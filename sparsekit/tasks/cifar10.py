@@ -8,7 +8,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import numpy as np
 import torch
@@ -20,7 +20,15 @@ from sparsekit.methods.interfaces import FinetuneSettings, Split, Task, TaskSett
 from sparsekit.models import resnet, resnet18
 from sparsekit.problem.likelihoods import Categorical
 from sparsekit.tasks.dense import RESIDUAL, Recipe, cached_network, check_checkpoint, dense_network, train
-from sparsekit.tasks.images import IMAGENET_MEAN, IMAGENET_STD, ImageBatches, cache_directory, into_cache, part
+from sparsekit.tasks.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Batching,
+    ImageBatches,
+    cache_directory,
+    into_cache,
+    part,
+)
 
 File = Literal["train", "test"]
 
@@ -103,25 +111,14 @@ class Cifar10(Task):
             count = len(self._arrays(file)[1])
         return len(range(count)[part(split)])
 
-    def batches(
-        self,
-        split: Split,
-        *,
-        batch_size: int,
-        limit: int | None = None,
-        generator: torch.Generator | None = None,
-        augment: bool = False,
-    ) -> ImageBatches:
+    def batches(self, split: Split, **how: Unpack[Batching]) -> ImageBatches:
         images, labels = self._arrays("train" if split == "train" else "test")
         return ImageBatches(
             images[part(split)],
             labels[part(split)],
             mean=IMAGENET_MEAN,
             std=IMAGENET_STD,
-            batch_size=batch_size,
-            limit=limit,
-            generator=generator,
-            augment=augment,
+            **how,
         )
 
     def fingerprint(self) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from torch import nn
 from sparsekit.errors import DataError
 from sparsekit.methods.interfaces import Task
 from sparsekit.models import load_checkpoint
+from sparsekit.problem.objective import Batch
+from sparsekit.pruning.training import descend, half_cosine
 from sparsekit.tasks.images import cache_directory, into_cache
 
 #: Seconds of training that an interruption loses at most.
@@ -112,33 +114,39 @@ def train(model: nn.Module, task: Task, recipe: Recipe, cached: Path) -> None:
     What is drawn is drawn anew from the seed and the epoch or step, so that going on equals never having stopped.
     After each epoch and every so many seconds the weights and the optimiser's state are put beside `cached`, until
     `dense_network` has written that.
+
+    Raises:
+        CurvatureError: the loss is not finite.
     """
-    unfinished, seed, device = _unfinished(cached), task.settings.seed, next(model.parameters()).device
-    optimiser = recipe.optimiser(model)
+    unfinished, optimiser = _unfinished(cached), recipe.optimiser(model)
     steps = math.ceil(task.size("train") / recipe.batch_size)
     total = recipe.epochs * steps
+    advice = "give trained weights by --checkpoint"
     model.train()
     with torch.random.fork_rng(devices=[]):
         begun, saved = _go_on(unfinished, model, optimiser), time.perf_counter()
+        schedule = half_cosine(optimiser, recipe.learning_rate, total, done=begun)
         for epoch in range(begun // steps, recipe.epochs):
-            generator = torch.Generator().manual_seed(seed * recipe.epochs + epoch)
-            batches = task.batches("train", batch_size=recipe.batch_size, generator=generator, augment=True)
-            for done, (inputs, targets) in enumerate(batches, epoch * steps):
-                if done < begun:
-                    continue  # drawn all the same: the next batches follow from the generator's state
-                torch.manual_seed(seed * total + done)  # dropout
-                for group in optimiser.param_groups:
-                    group["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done / total))
-                optimiser.zero_grad(set_to_none=True)
-                task.likelihood.losses(model(inputs.to(device)), targets.to(device)).mean().backward()
-                optimiser.step()
-                task.progress(done + 1, total)
-                if (done + 1) % steps == 0 or time.perf_counter() - saved > SAVE_EVERY:
-                    state = {"steps": done + 1, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
+            batches = _batches(task, recipe, epoch, steps=steps, begun=begun)
+            for done in descend(model, task.likelihood, batches, optimiser, schedule, advice=advice):
+                task.progress(done, total)
+                if done % steps == 0 or time.perf_counter() - saved > SAVE_EVERY:
+                    state = {"steps": done, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
                     with into_cache(unfinished) as temporary:
                         torch.save(state, temporary)
                     saved = time.perf_counter()
     optimiser.zero_grad(set_to_none=True)
+
+
+def _batches(task: Task, recipe: Recipe, epoch: int, *, steps: int, begun: int) -> Iterator[Batch]:
+    """An epoch's batches from step `begun` on, the global generator seeded for each step's dropout."""
+    seed = task.settings.seed
+    generator = torch.Generator().manual_seed(seed * recipe.epochs + epoch)
+    batches = task.batches("train", batch_size=recipe.batch_size, generator=generator, augment=True)
+    for done, batch in enumerate(batches, epoch * steps):
+        if done >= begun:  # earlier ones are drawn all the same: the next ones follow from the generator's state
+            torch.manual_seed(seed * recipe.epochs * steps + done)
+            yield batch
 
 
 def _go_on(unfinished: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from sparsekit.problem.objective import Batch
 from sparsekit.problem.parameters import Mask, ParameterSpace
 from sparsekit.pruning.finetune import finetune
 from sparsekit.tasks.dense import check_checkpoint, dense_network
-from sparsekit.tasks.images import ImageBatches, cache_directory
+from sparsekit.tasks.images import Batching, ImageBatches, cache_directory, without_augmentation
 
 #: 1,797 images: these for training, the rest split between tuning (even) and reporting (odd).
 TRAINING = 1297
@@ -93,20 +93,10 @@ class Digits(Task):
         """1,297 for training, 250 each for tuning and reporting."""
         return len(self._part(split)[1])
 
-    def batches(
-        self,
-        split: Split,
-        *,
-        batch_size: int,
-        limit: int | None = None,
-        generator: torch.Generator | None = None,
-        augment: bool = False,
-    ) -> Iterable[Batch]:
-        return self._images(split, mean=0.306, std=0.376, batch_size=batch_size, limit=limit, generator=generator)
-
-    def _images(self, split: Split, *, mean: float, std: float, **order: Any) -> ImageBatches:
+    def batches(self, split: Split, **how: Unpack[Batching]) -> Iterable[Batch]:
+        """Images (b, 1, 8, 8) and labels (b,); there is no augmentation."""
         images, labels = self._part(split)
-        return ImageBatches(images, labels, mean=(mean,), std=(std,), **order)
+        return ImageBatches(images, labels, mean=(0.306,), std=(0.376,), **without_augmentation(how))
 
     def fingerprint(self) -> str:
         """Of all pixels and labels in their order."""

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from sparsekit.errors import DataError
-from sparsekit.methods.interfaces import FinetuneSettings, Split, Task, TaskSettings, measure
+from sparsekit.methods.interfaces import FinetuneSettings, Split, Task, TaskSettings
 from sparsekit.models import load_checkpoint
 from sparsekit.problem.likelihoods import Categorical
 from sparsekit.tasks.dense import check_checkpoint
 from sparsekit.tasks.folders import FolderBatches, Sample, file_digest
-from sparsekit.tasks.images import part
+from sparsekit.tasks.images import Batching, part
 
 Folder = Literal["train", "val"]
 
@@ -130,27 +130,8 @@ class ImageNet(Task):
         """Files are listed, not read."""
         return len(self._samples(split))
 
-    def batches(
-        self,
-        split: Split,
-        *,
-        batch_size: int,
-        limit: int | None = None,
-        generator: torch.Generator | None = None,
-        augment: bool = False,
-    ) -> FolderBatches:
-        return FolderBatches(
-            self._samples(split),
-            batch_size=batch_size,
-            limit=limit,
-            generator=generator,
-            augment=augment,
-            workers=self.settings.workers,
-        )
-
-    def measure(self, model: nn.Module, split: Split) -> dict[str, float]:
-        # 500, as elsewhere, would take gigabytes
-        return measure(model, self.likelihood, self.batches(split, batch_size=100))
+    def batches(self, split: Split, **how: Unpack[Batching]) -> FolderBatches:
+        return FolderBatches(self._samples(split), workers=self.settings.workers, **how)
 
     def fingerprint(self) -> str:
         """Of the image files' names, classes and sizes, not of their contents: those are 150 GB."""

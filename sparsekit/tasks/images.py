@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Required, TypedDict
 
 import platformdirs
 import torch
@@ -45,6 +46,20 @@ def into_cache(path: Path) -> Iterator[Path]:
             f"the cache cannot be written: {error}, or set the environment variable SPARSEKIT_CACHE to a folder "
             "that can be written"
         ) from error
+
+
+class Batching(TypedDict, total=False):
+    """What `Task.batches` is told beside the split, where a task hands it on as it is."""
+
+    batch_size: Required[int]
+    limit: int | None
+    generator: torch.Generator | None
+    augment: bool
+
+
+def without_augmentation(how: Batching) -> Batching:
+    """The same for a task that has none: whether it is asked for makes no difference."""
+    return {**how, "augment": False}
 
 
 class Order:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from sparsekit.models import lenet
 from sparsekit.problem.likelihoods import Categorical
 from sparsekit.tasks.dense import Recipe, cached_network, check_checkpoint, dense_network, train
 from sparsekit.tasks.idx import File, MnistFiles
-from sparsekit.tasks.images import ImageBatches, part
+from sparsekit.tasks.images import Batching, ImageBatches, part, without_augmentation
 
 #: 99.3 % right on the reporting half (lenet-300-100: 98.3 %), after two minutes on one core.
 RECIPE = Recipe(epochs=10, learning_rate=1e-3, batch_size=128)
@@ -64,24 +64,14 @@ class Mnist(Task):
     def size(self, split: Split) -> int:
         return len(self._files.labels(_file(split))[part(split)])  # which are looked at as they are read
 
-    def batches(
-        self,
-        split: Split,
-        *,
-        batch_size: int,
-        limit: int | None = None,
-        generator: torch.Generator | None = None,
-        augment: bool = False,
-    ) -> ImageBatches:
+    def batches(self, split: Split, **how: Unpack[Batching]) -> ImageBatches:
         """Images (b, 1, 28, 28) and labels (b,); there is no augmentation."""
         return ImageBatches(
             self._files.images(_file(split))[part(split)],
             self._files.labels(_file(split))[part(split)],
             mean=(0.1307,),
             std=(0.3081,),
-            batch_size=batch_size,
-            limit=limit,
-            generator=generator,
+            **without_augmentation(how),
         )
 
     def fingerprint(self) -> str:

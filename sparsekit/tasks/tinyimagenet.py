@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import numpy as np
 import torch
@@ -21,7 +21,15 @@ from sparsekit.models import resnet18
 from sparsekit.problem.likelihoods import Categorical
 from sparsekit.tasks.dense import RESIDUAL, Recipe, cached_network, check_checkpoint, dense_network, train
 from sparsekit.tasks.folders import Sample, decode, file_digest
-from sparsekit.tasks.images import IMAGENET_MEAN, IMAGENET_STD, ImageBatches, cache_directory, into_cache, part
+from sparsekit.tasks.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Batching,
+    ImageBatches,
+    cache_directory,
+    into_cache,
+    part,
+)
 
 Folder = Literal["train", "val"]
 
@@ -98,25 +106,14 @@ class TinyImageNet(Task):
         """Files are listed, not read."""
         return len(self._samples(_folder(split))[part(split)])
 
-    def batches(
-        self,
-        split: Split,
-        *,
-        batch_size: int,
-        limit: int | None = None,
-        generator: torch.Generator | None = None,
-        augment: bool = False,
-    ) -> ImageBatches:
+    def batches(self, split: Split, **how: Unpack[Batching]) -> ImageBatches:
         labels = torch.tensor([label for _, label in self._samples(_folder(split))])
         return ImageBatches(
             self._images(_folder(split))[part(split)],
             labels[part(split)],
             mean=IMAGENET_MEAN,
             std=IMAGENET_STD,
-            batch_size=batch_size,
-            limit=limit,
-            generator=generator,
-            augment=augment,
+            **how,
         )
 
     def fingerprint(self) -> str:

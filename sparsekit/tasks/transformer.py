@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from sparsekit.methods.interfaces import FinetuneSettings, Split
 from sparsekit.models import SequenceClassifier
 from sparsekit.tasks.dense import Recipe, train
 from sparsekit.tasks.digits import Digits
-from sparsekit.tasks.images import MappedBatches, cache_directory
+from sparsekit.tasks.images import Batching, ImageBatches, MappedBatches, cache_directory
 
 #: Images shift by a pixel in training: without that, 1,297 of them are learnt by heart, with 95 % right.
 RECIPE = Recipe(epochs=100, learning_rate=3e-3, batch_size=64, weight_decay=0.05)
@@ -39,25 +39,8 @@ class DigitsTransformer(Digits):
     def _train(self, model: nn.Module) -> None:
         train(model, self, RECIPE, self._cached_network())
 
-    def batches(
-        self,
-        split: Split,
-        *,
-        batch_size: int,
-        limit: int | None = None,
-        generator: torch.Generator | None = None,
-        augment: bool = False,
-    ) -> MappedBatches:
+    def batches(self, split: Split, **how: Unpack[Batching]) -> MappedBatches:
         """Tokens (b, 64) int64 in 0 … 16, and labels (b,); augmented, images shift by a pixel."""
-        images = self._images(
-            split,
-            mean=0.0,
-            std=1.0,
-            batch_size=batch_size,
-            limit=limit,
-            generator=generator,
-            augment=augment,
-            padding=1,
-            mirror=False,
-        )
-        return MappedBatches(images, lambda pixels, labels: ((16 * pixels).round().long().flatten(1), labels))
+        images, labels = self._part(split)
+        batches = ImageBatches(images, labels, mean=(0.0,), std=(1.0,), padding=1, mirror=False, **how)
+        return MappedBatches(batches, lambda pixels, labels: ((16 * pixels).round().long().flatten(1), labels))

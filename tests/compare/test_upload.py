@@ -9,9 +9,10 @@ from sparsekit.compare.spec import ComparisonSettings
 from sparsekit.compare.upload import PARENT, Uploader, track
 from sparsekit.errors import RecordError
 from sparsekit.registry.installed import load_registry
-from sparsekit.runs import tracking
+from sparsekit.runs import tracking_store
+from sparsekit.runs.addresses import TrackingError
 from sparsekit.runs.settings import validated
-from sparsekit.runs.tracking import TrackingError, default_uri, initialise
+from sparsekit.runs.tracking_store import default_uri, initialise
 
 REFUSED = "http://127.0.0.1:9"  # nothing listens on the discard port
 
@@ -38,7 +39,7 @@ def uri(tmp_path_factory):
 @pytest.fixture
 def runs(uri):
     def found(experiment):
-        client = tracking._client(uri)
+        client = tracking_store.client_of(uri)
         return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
 
     return found
@@ -70,7 +71,7 @@ def test_what_mlflow_has_it_is_not_told_again(comparison, uri, runs):
 def test_the_parent_has_the_plan(comparison, uri, runs):
     track(comparison.directory, uri, "d")
     [parent] = [run for run in runs("d") if PARENT not in run.data.tags]
-    assert "plan.json" in [file.path for file in tracking._client(uri).list_artifacts(parent.info.run_id)]
+    assert "plan.json" in [file.path for file in tracking_store.client_of(uri).list_artifacts(parent.info.run_id)]
 
 
 def test_runs_on_their_own_have_no_parent(comparison, uri, runs):

@@ -12,11 +12,11 @@ from sparsekit.methods.interfaces import CompensationSettings
 from sparsekit.methods.schedules import Step
 from sparsekit.pruning.events import LayerReconstructed, StepCompleted
 from sparsekit.registry.installed import load_registry
-from sparsekit.runs import tracking
+from sparsekit.runs import tracking, tracking_store
 from sparsekit.runs.degraded import degradations
 from sparsekit.runs.run import execute
 from sparsekit.runs.settings import resolve
-from sparsekit.runs.tracking import default_uri
+from sparsekit.runs.tracking_store import default_uri
 from sparsekit.tasks import Digits
 
 REGISTRY = load_registry()
@@ -260,7 +260,7 @@ def test_a_tracker_that_answers_later_is_told_the_steps_before(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         execute(settings(tmp_path, **dead), REGISTRY, listener=interrupt_after(1))
     outcome = execute(settings(tmp_path, **alive), REGISTRY, resume=True)
-    client = tracking._client(default_uri(tmp_path / "alive"))
+    client = tracking_store.client_of(default_uri(tmp_path / "alive"))
     (run,) = client.search_runs([client.get_experiment_by_name("sparsekit").experiment_id])
     steps = client.get_metric_history(run.info.run_id, "predicted_increase")
     assert [metric.step for metric in steps] == [step.index for step in outcome.record.steps]
@@ -283,7 +283,7 @@ def test_a_tracker_that_was_deaf_for_a_step_is_told_it_once_on_resume(tmp_path, 
         patch.setattr(tracking.Tracker, "metrics", deaf)
         execute(tracked, REGISTRY, listener=interrupt_after(2))
     outcome = execute(tracked, REGISTRY, resume=True)
-    client = tracking._client(uri)
+    client = tracking_store.client_of(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("sparsekit").experiment_id])
     steps = client.get_metric_history(run.info.run_id, "predicted_increase")
     assert [metric.step for metric in steps] == [step.index for step in outcome.record.steps]

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from sparsekit.errors import CurvatureError
 from sparsekit.methods.interfaces import Task, TaskSettings
 from sparsekit.problem.likelihoods import Categorical
 from sparsekit.tasks import dense
@@ -146,3 +147,11 @@ def test_cached_networks_are_named_by_data_and_seed(build):
 def test_momentum_is_torch_s(build):
     (group,) = MomentumRecipe(3, 0.1, 4, weight_decay=0.01).optimiser(build().network()).param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.9, 0.01)
+
+
+def test_training_whose_loss_is_not_finite_is_refused_and_leaves_no_network(build, monkeypatch):
+    monkeypatch.setattr(Points, "recipe", MomentumRecipe(3, 1e30, 4))
+    task = build()
+    with pytest.raises(CurvatureError, match="the loss became .* in training step .*--checkpoint"):
+        task.model()
+    assert not task.cached.exists()

@@ -1,0 +1,73 @@
+"""Training by gradients: the loop that fine-tuning and the training of dense networks share, and its schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from sparsekit.errors import CurvatureError
+from sparsekit.problem.likelihoods import Likelihood
+from sparsekit.problem.objective import Batch, pairs
+
+
+def half_cosine(optimiser: Optimizer, learning_rate: float, total: int, *, done: int = 0) -> LRScheduler:
+    """The learning rate falls to zero along a half cosine.
+
+    Each rate follows from the number of its step alone, so that training that goes on has the rates of training that
+    never stopped. torch's CosineAnnealingLR computes each rate from the one before. Rounding adds up there: most rates
+    differ in the last digits, and so would all trained weights.
+
+    Args:
+        optimiser: whose rate is set.
+        learning_rate: of the first step.
+        total: the number of steps.
+        done: how many of them have been taken before.
+    """
+    for group in optimiser.param_groups:
+        group["initial_lr"] = learning_rate  # `lr` may be that of the step where an earlier training stopped
+    return LambdaLR(optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / total)), last_epoch=done - 1)
+
+
+def descend(
+    model: nn.Module,
+    likelihood: Likelihood,
+    batches: Iterable[Batch],
+    optimiser: Optimizer,
+    schedule: LRScheduler,
+    *,
+    advice: str,
+) -> Iterator[int]:
+    """Take an optimiser step along the gradient of each batch's mean loss.
+
+    Modules are trained in the modes that they are in.
+
+    Args:
+        model: trained in place, on its own device.
+        likelihood: the loss.
+        batches: (inputs, targets), on any device.
+        optimiser: of the model's parameters.
+        schedule: of the optimiser's learning rate; stepped after the optimiser.
+        advice: what to do where the loss is not finite, for the error's sentence.
+
+    Yields:
+        After each step, how many steps the schedule has seen.
+
+    Raises:
+        CurvatureError: the loss is not finite; that step is not taken.
+        DataError: a batch is no pair of tensors.
+    """
+    for inputs, targets in pairs(batches, next(model.parameters()).device):
+        optimiser.zero_grad(set_to_none=True)
+        loss = likelihood.losses(model(inputs), targets).mean()
+        if not bool(loss.isfinite()):
+            raise CurvatureError(
+                f"the loss became {float(loss.detach())} in training step {schedule.last_epoch}; {advice}"
+            )
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        yield schedule.last_epoch
