@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 
 from sparsekit.errors import DataError, DegradedWarning, SettingsError
 from sparsekit.machine import available_memory
-from sparsekit.methods.interfaces import ReconstructionSettings, measure
+from sparsekit.methods.interfaces import measure
 from sparsekit.methods.schedules import plan
 from sparsekit.problem.likelihoods import Likelihood, Loss, as_likelihood
 from sparsekit.problem.networks import check_kind, copied, without_autocast
 from sparsekit.problem.objective import Batch, Objective, pairs
-from sparsekit.problem.parameters import Mask, ParameterSpace
+from sparsekit.problem.parameters import ParameterSpace
 from sparsekit.problem.unused import used
 from sparsekit.pruning.events import Metrics, StepCompleted
 from sparsekit.pruning.pruner import Pruner
@@ -54,6 +55,7 @@ class Pruned:
     degraded: Sequence[str] = ()
 
 
+# Longer than other functions for the sake of its readers: every argument and what is said of it stand in one place.
 @torch.inference_mode(False)  # gradients are taken here, whatever the caller has switched off
 @without_autocast()
 def prune(
@@ -138,51 +140,79 @@ def prune(
     check_kind(model)
     space = ParameterSpace.of(model, include=include, exclude=exclude)
     model = model if inplace else copied(model)
-    device = next(model.parameters()).device
-    batches = _ending(data, "data", available_memory(device).host // 2)
-    resolved = _fitted(resolved, batches)
-    resolved.estimator.cls.check(model, space, resolved.estimator.settings, available_memory(device))
-    Objective(model, likelihood, batches, space).check()
-    options = resolved.estimator.settings
-    some = _some(batches, options.examples, options.batch_size)
-    space, degraded = used(Objective(model, likelihood, some, space), included=include is not None)
-    how = resolved.settings.reconstruction
-    if how.how != "none":
-        Reconstruction.check(model, space, _anchors(batches, how), how, available_memory(device).device)
-    judge = batches if evaluation is None else evaluation
-    if not callable(judge):
-        judge = _ending(judge, "evaluation", available_memory(device).host // 2)
-    pruner = Pruner(
-        model=model,
-        space=space,
-        likelihood=likelihood,
-        estimator=resolved.estimator.build(space),
-        saliency=resolved.saliency.build(),
-        pattern=resolved.pattern.build(),
-        compensation=resolved.settings.compensation,
-        steps=plan(
-            resolved.sparsity,
-            resolved.schedule.build(),
-            steps=steps,
-            substeps=substeps,
-            finetune=resolved.finetune.epochs > 0,
-        ),
-        calibration=lambda generator: _examples(batches, options.examples, options.batch_size, options.fitting),
-        reconstruction=how,
-        anchors=lambda generator: _anchors(batches, how),
-        measure=judge if callable(judge) else (lambda model: measure(model, likelihood, judge)),
-        seed=seed,
-        finetune_settings=resolved.finetune,
-        training=lambda generator: batches,
-        training_batches=sum(1 for _ in batches) if resolved.finetune.epochs else 0,
-    )
+    batches = _ending(data, "data")
+    request = _Request(model, space, likelihood, batches, _fitted(resolved, batches))
+    request, degraded = request.checked(included=include is not None)
+    if not callable(evaluation):
+        measured = batches if evaluation is None else _ending(evaluation, "evaluation")
+        evaluation = partial(measure, likelihood=likelihood, batches=measured)
+    pruner = request.pruner(evaluation)
     done = [event for event in pruner.run() if isinstance(event, StepCompleted)]
-    mask = pruner.state.mask or Mask.full(space.size, device)
+    mask, dense = pruner.state.mask, pruner.state.dense
+    assert mask is not None and dense is not None
     degraded += [line for event in done for line in degradations(event, pruner.compensation)]
     for line in degraded:
         warnings.warn(line, DegradedWarning, stacklevel=2)
-    kept, dense = space.unflatten(mask.kept), pruner.state.dense or {}
-    return Pruned(model, kept, mask.sparsity, dense, done, space.skipped, degraded)
+    space = request.space
+    return Pruned(model, space.unflatten(mask.kept), mask.sparsity, dense, done, space.skipped, degraded)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be pruned, with what and how."""
+
+    model: nn.Module
+    space: ParameterSpace
+    likelihood: Likelihood
+    batches: Iterable[Batch]
+    resolved: ResolvedRun
+
+    def checked(self, *, included: bool) -> tuple[_Request, list[str]]:
+        """Refuse what cannot work, by the first batches; the same of what the loss depends on, and what is to be told.
+
+        Args:
+            included: whether parameters were chosen by name.
+        """
+        options, how = self.resolved.estimator.settings, self.resolved.settings.reconstruction
+        device = next(self.model.parameters()).device
+        self.resolved.estimator.cls.check(self.model, self.space, options, available_memory(device))
+        Objective(self.model, self.likelihood, self.batches, self.space).check()
+        some = _some(self.batches, options.examples, options.batch_size)
+        space, degraded = used(Objective(self.model, self.likelihood, some, self.space), included=included)
+        if how.how != "none":
+            Reconstruction.check(self.model, space, self.anchors(), how, available_memory(device).device)
+        return replace(self, space=space), degraded
+
+    def pruner(self, evaluation: Callable[[nn.Module], Metrics]) -> Pruner:
+        """The loop over this model, with everything built."""
+        resolved, settings = self.resolved, self.resolved.settings
+        schedule, tuned = resolved.schedule.build(), resolved.finetune.epochs > 0
+        return Pruner(
+            model=self.model,
+            space=self.space,
+            likelihood=self.likelihood,
+            estimator=resolved.estimator.build(self.space),
+            saliency=resolved.saliency.build(),
+            pattern=resolved.pattern.build(),
+            compensation=settings.compensation,
+            steps=plan(resolved.sparsity, schedule, steps=settings.steps, substeps=settings.substeps, finetune=tuned),
+            calibration=lambda generator: self.calibration(),
+            reconstruction=settings.reconstruction,
+            anchors=lambda generator: self.anchors(),
+            measure=evaluation,
+            seed=settings.seed,
+            finetune_settings=resolved.finetune,
+            training=lambda generator: self.batches,
+            training_batches=sum(1 for _ in self.batches) if tuned else 0,
+        )
+
+    def calibration(self) -> list[Batch]:
+        options = self.resolved.estimator.settings
+        return _examples(self.batches, options.examples, options.batch_size, options.fitting)
+
+    def anchors(self) -> list[Batch]:
+        how, what = self.resolved.settings.reconstruction, ("reconstruction", "reconstruct")
+        return _examples(self.batches, how.examples, how.batch_size, lambda available: available, *what)
 
 
 def _some(batches: Iterable[Batch], examples: int, batch_size: int) -> Iterator[Batch]:
@@ -194,16 +224,15 @@ def _some(batches: Iterable[Batch], examples: int, batch_size: int) -> Iterator[
             return
 
 
-def _ending(batches: Iterable[Batch], name: str, memory: int) -> Iterable[Batch]:
+def _ending(batches: Iterable[Batch], name: str) -> Iterable[Batch]:
     """The batches, which can be gone over again and come to an end: an iterator's are held.
 
     Args:
         batches: any.
         name: of the argument.
-        memory: bytes that the batches of an iterator can take.
 
     Raises:
-        DataError: an iterator gives more than MOST_BATCHES, or than there is memory for.
+        DataError: an iterator gives more than MOST_BATCHES, or than half of the memory.
     """
     if not isinstance(batches, Iterator):
         try:
@@ -212,7 +241,7 @@ def _ending(batches: Iterable[Batch], name: str, memory: int) -> Iterable[Batch]
             return _Bounded(batches, name)
         return batches
     held: list[Batch] = []
-    size = 0
+    size, memory = 0, available_memory(torch.device("cpu")).host // 2
     for batch in pairs(_Bounded(batches, name)):
         held.append(batch)
         size += sum(part.nbytes for part in batch)
@@ -256,17 +285,6 @@ def _fitted(resolved: ResolvedRun, batches: Iterable[Batch]) -> ResolvedRun:
         if count >= most:
             break
     return resolved.fitted(count)
-
-
-def _anchors(batches: Iterable[Batch], how: ReconstructionSettings) -> list[Batch]:
-    return _examples(
-        batches,
-        how.examples,
-        how.batch_size,
-        lambda available: available,
-        "reconstruction",
-        "reconstruct",
-    )
 
 
 def _examples(

@@ -6,9 +6,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from sparsekit.errors import RecordError
 from sparsekit.machine import available_memory, describe_machine, find_device, forget_peak_memory, now
+from sparsekit.methods.interfaces import Task
 from sparsekit.problem.objective import Objective
+from sparsekit.problem.parameters import ParameterSpace
 from sparsekit.problem.unused import used
 from sparsekit.reconstruction.fit import Reconstruction
 from sparsekit.registry.registry import Registry
@@ -59,47 +64,24 @@ def execute(
     Raises:
         SparsekitError: anything a user can mend.
     """
-    settings = resolved.settings
-    device = find_device(settings.device)
-    uri = resolve_uri(settings.tracking.uri, Path(settings.output)) if settings.tracking.enabled else None
+    device, tracking = find_device(resolved.settings.device), resolved.settings.tracking
+    uri = resolve_uri(tracking.uri, Path(resolved.settings.output)) if tracking.enabled else None
     shown = preview(resolved)
     task = resolved.task.build()
     asked, resolved = resolved, with_examples(resolved, task)
     if resolved is not asked:
-        settings, shown = resolved.settings, preview(resolved)
+        shown = preview(resolved)
     estimator = resolved.estimator.build(shown.space)
-    forget_peak_memory(device)
-    progress("prepare", 0, 1)
-    task.progress = lambda done, total: progress("prepare", done, total)
-    task.device = device
-    started = time.perf_counter()
-    model = task.model().to(device)
-    prepared = time.perf_counter() - started
+    model, prepared = _dense(task, device, progress)
     identity = run_identity(resolved, registry, sources(task, model), device)
-    directory = RunDirectory.of(Path(settings.output), task.name, estimator.name, run_key(identity))
+    directory = RunDirectory.of(Path(resolved.settings.output), task.name, estimator.name, run_key(identity))
     with directory.lock():
-        found = None if fresh else directory.read()
+        found = None if fresh else _found(directory, resume)
         if found is not None and found.status == "finished":
-            directory.check_results(found)
             return Outcome(found, directory.path, True, _tracked_at(found))
-        if found is not None and not resume:
-            raise RecordError(
-                f"an unfinished run with these settings is in {directory.path}; "
-                "go on with --resume, or start again with --fresh"
-            )
-        options = resolved.estimator.settings
-        first = task.batches("train", batch_size=options.batch_size, limit=options.batch_size)
-        Objective(model, task.likelihood, first, shown.space).check()  # nothing is written for what cannot work
-        examples = task.batches("train", batch_size=options.batch_size, limit=options.examples or options.batch_size)
-        objective = Objective(model, task.likelihood, examples, shown.space)
-        space, degraded = used(objective, included=settings.include is not None)
+        space, degraded = _checked(resolved, task, model, shown.space)
         if space is not shown.space:
-            check_sparsities(resolved, space)
             estimator = resolved.estimator.build(space)
-        anchors = settings.reconstruction
-        if anchors.how != "none":
-            few = list(task.batches("train", batch_size=anchors.batch_size, limit=anchors.examples))
-            Reconstruction.check(model, space, few, anchors, available_memory(device).device)
         if fresh:
             directory.discard()
         record = RunRecord(
@@ -119,8 +101,59 @@ def execute(
             degraded=degraded,
         )
         driver = Driver(resolved, task, model, space, estimator, directory, record, uri, shared)
-        finished = driver.run(resume and found is not None, listener, progress)
+        finished = driver.run(found is not None, listener, progress)
     return Outcome(finished, directory.path, False, uri if driver.untold is None else None)
+
+
+def _dense(task: Task, device: torch.device, progress: Progress) -> tuple[nn.Module, float]:
+    """The task's network where the run will be, and the seconds that it took."""
+    forget_peak_memory(device)
+    progress("prepare", 0, 1)
+    task.progress = lambda done, total: progress("prepare", done, total)
+    task.device = device
+    started = time.perf_counter()
+    model = task.model().to(device)
+    return model, time.perf_counter() - started
+
+
+def _found(directory: RunDirectory, resume: bool) -> RunRecord | None:
+    """The record of an earlier run, finished with its files whole, or to be gone on with."""
+    found = directory.read()
+    if found is not None and found.status == "finished":
+        directory.check_results(found)
+    elif found is not None and not resume:
+        raise RecordError(
+            f"an unfinished run with these settings is in {directory.path}; "
+            "go on with --resume, or start again with --fresh"
+        )
+    return found
+
+
+def _checked(
+    resolved: ResolvedRun, task: Task, model: nn.Module, space: ParameterSpace
+) -> tuple[ParameterSpace, list[str]]:
+    """Refuse what cannot work before anything is written; the space that the loss depends on, and what is to be told.
+
+    Args:
+        resolved: the run.
+        task: its own.
+        model: dense.
+        space: by names and shapes.
+    """
+    options, how = resolved.estimator.settings, resolved.settings.reconstruction
+    size = options.batch_size
+
+    def objective(limit: int) -> Objective:
+        return Objective(model, task.likelihood, task.batches("train", batch_size=size, limit=limit), space)
+
+    objective(size).check()
+    left, degraded = used(objective(options.examples or size), included=resolved.settings.include is not None)
+    if left is not space:
+        check_sparsities(resolved, left)
+    if how.how != "none":
+        few = list(task.batches("train", batch_size=how.batch_size, limit=how.examples))
+        Reconstruction.check(model, left, few, how, available_memory(next(model.parameters()).device).device)
+    return left, degraded
 
 
 def _tracked_at(record: RunRecord) -> str | None:
