@@ -1,4 +1,4 @@
-"""A run as MLflow shows it: a view of the record, never the truth. The only file that imports mlflow."""
+"""Tracking of runs in MLflow, which shows the records but does not replace them. Only this file imports mlflow."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ __all__ = ["NullTracker", "Tracker", "TrackingError", "default_uri", "initialise
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
-# MLflow's own limits, in characters and in entries a request.
+# MLflow's limits, in characters and in entries of a request.
 _KEY_LENGTH, _PARAMETER_LENGTH, _TAG_LENGTH = 250, 6000, 5000
 _METRICS_A_BATCH, _OTHERS_A_BATCH = 1000, 100
 
-# Set before mlflow is imported, and only where the user has not: an offline tool sends no telemetry, and a
-# server that has gone away may hold up a run for a minute, not for ten.
+# Set before mlflow is imported, unless the user has set them: an offline tool sends no telemetry, and a
+# server that is gone must not delay a run for ten minutes.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -47,21 +47,21 @@ _ENVIRONMENT = {
 }
 
 
-#: Seconds that a run waits at most for a server that hangs; files are allowed a mebibyte a second on top.
+#: Largest number of seconds that a run waits for a server; files get one more second for each mebibyte.
 PATIENCE = 20.0
 
 
 def default_uri(output: Path) -> str:
     """The SQLite file `mlflow.db` in the output folder, as an absolute URI."""
-    # SQLAlchemy reads the path percent-decoded, and takes what follows a '?' for options.
+    # SQLAlchemy decodes percent signs in the path, and reads what follows a '?' as options.
     return "sqlite:///" + quote((Path(output).resolve() / "mlflow.db").as_posix())
 
 
 def resolve_uri(explicit: str | None, output: Path) -> str:
-    """Where to track: what was asked for, else `MLFLOW_TRACKING_URI`, else `default_uri`.
+    """MLflow's address: the given one, else `MLFLOW_TRACKING_URI`, else `default_uri`.
 
     Raises:
-        TrackingError: it can be no address; whether somebody answers there is not asked.
+        TrackingError: it is not a valid address; whether a server answers is not checked.
     """
     uri = explicit or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(output)
     addresses.check(uri)
@@ -69,23 +69,23 @@ def resolve_uri(explicit: str | None, output: Path) -> str:
 
 
 def ui_command(uri: str) -> str:
-    """The command that shows the runs in a browser; the address itself where a server already does."""
+    """The command that shows the runs in a browser; for a server its address."""
     if uri.startswith(("http://", "https://")):
         return addresses.redacted(uri)
     return f"mlflow ui --backend-store-uri {shlex.quote(addresses.redacted(uri))}"
 
 
 def initialise(uri: str, experiment: str = "sparsekit", artifact_root: Path | None = None) -> None:
-    """Make the tracking place ready, once, however many runs ask for it at the same time.
+    """Create the database and the experiment if they do not exist; safe if several runs do it at the same time.
 
     Args:
         uri: SQLite file, server or other database. A SQLite file and its folder are created.
-        experiment: created where it does not exist.
-        artifact_root: where a new experiment in a SQLite file keeps its artifacts; `mlartifacts` beside the
-            file unless given. Elsewhere the server decides.
+        experiment: created if it does not exist.
+        artifact_root: folder for the artifacts of a new experiment in a SQLite file; by default `mlartifacts` beside
+            the file. Otherwise the server decides.
 
     Raises:
-        TrackingError: the place cannot be reached, or is not one.
+        TrackingError: the address cannot be reached, or is not a tracking store.
     """
     path = _sqlite_path(uri)
     if uri.startswith(("http://", "https://")):
@@ -109,8 +109,8 @@ def _sqlite_path(uri: str) -> Path | None:
 
 
 def _check_server(uri: str) -> None:
-    # MLflow's client would try for minutes; any answer at all means that somebody is there.
-    parts = urlsplit(uri)  # credentials and queries are MLflow's: urllib would take them for parts of the host or path
+    # MLflow's client would retry for minutes; any answer means that a server is there.
+    parts = urlsplit(uri)  # credentials and queries are for MLflow: urllib would read them as parts of host or path
     place = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
     try:
         urllib.request.urlopen(place.rstrip("/") + "/health", timeout=10).close()
@@ -125,18 +125,18 @@ def _check_server(uri: str) -> None:
 
 
 def _make_database(path: Path) -> None:
-    """MLflow's tables, made under another name: a kill while they are leaves no half a database in the way."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")  # MLflow knows a store by its address
-    for stale in path.parent.glob(f".{path.name}.*.new*"):  # of one that was killed, with its journal
+    """Create MLflow's tables under another name, so that a killed process leaves no incomplete database."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")  # a new name: MLflow caches stores by address
+    for stale in path.parent.glob(f".{path.name}.*.new*"):  # from a killed process, with its journal
         stale.unlink()
     _client(default_uri(path.parent).rpartition("/")[0] + "/" + quote(beside.name)).search_experiments()
-    with closing(sqlite3.connect(beside)) as connection:  # all of it in the one file
+    with closing(sqlite3.connect(beside)) as connection:  # moves the journal into the file
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     os.replace(beside, path)
 
 
 def _check_database(path: Path) -> None:
-    # MLflow's client retries for 100 seconds on a file that cannot be opened; SQLite itself says so at once.
+    # MLflow's client retries for 100 seconds on a file that cannot be opened; SQLite raises at once.
     with closing(sqlite3.connect(path, timeout=30)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("SELECT count(*) FROM sqlite_master")
@@ -157,20 +157,20 @@ def _explained(uri: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    # SQLAlchemy wraps the database's own sentence in several of its own, and mlflow wraps those.
+    # SQLAlchemy wraps the database's message in several of its own, and mlflow wraps those.
     own = getattr(error, "orig", None) or getattr(error.__cause__, "orig", None) or error
     return (str(own).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    # MLflow logs a page of traceback for a failure that it then raises, and that we report in a sentence.
+    # MLflow logs a long traceback for an error that it also raises, and that we report in one sentence.
     logger = logging.getLogger("mlflow.store.db.utils")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
-            # mlflow 3.17 on SQLAlchemy 2.1: a loader strategy of theirs is deprecated, nothing of ours.
+            # mlflow 3.17 with SQLAlchemy 2.1 uses a deprecated loader strategy.
             warnings.filterwarnings("ignore", "The ``noload`` loader strategy", DeprecationWarning)
             yield
     finally:
@@ -178,7 +178,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _mlflow() -> Any:
-    """The one door to mlflow, so that it is never imported before its environment is set."""
+    """Import mlflow; all uses go through here, so that its environment is set before the import."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import mlflow.tracking
@@ -187,7 +187,7 @@ def _mlflow() -> Any:
 
 
 def _failures(*others: type[Exception]) -> tuple[type[Exception], ...]:
-    """What mlflow raises when its store fails, and `others`; not what a mistake of ours raises."""
+    """The exceptions of mlflow when its store fails, and `others`; not those of our own bugs."""
     failure: type[Exception] = _mlflow().exceptions.MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -195,8 +195,8 @@ def _failures(*others: type[Exception]) -> tuple[type[Exception], ...]:
 
 
 def _client(uri: str) -> Any:
-    """A client of this URI alone: MLflow's global state is never set."""
-    with _quiet():  # the first client imports the models that warn
+    """A client of this URI only; MLflow's global state is never set."""
+    with _quiet():  # the first client imports models that warn
         return _mlflow().MlflowClient(tracking_uri=uri)
 
 
@@ -210,7 +210,7 @@ def _ensure_experiment(uri: str, name: str, artifact_root: Path | None) -> str:
         except _mlflow().exceptions.MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # another run on the server was first
+            found = client.get_experiment_by_name(name)  # another run has created it meanwhile
     if found.lifecycle_stage != "active":
         raise TrackingError(
             f"the MLflow experiment '{name}' at {addresses.redacted(uri)} was deleted; restore it with "
@@ -220,11 +220,11 @@ def _ensure_experiment(uri: str, name: str, artifact_root: Path | None) -> str:
 
 
 class NullTracker:
-    """Tracks nothing (`--no-tracking`); what a run tells `Tracker` about itself, it may tell this.
+    """A tracker that does nothing (`--no-tracking`), with the methods of `Tracker`.
 
     Attributes:
-        run_id: MLflow's name for the run, once it has started.
-        failure: the first thing that went wrong; it belongs into the record's `degraded`.
+        run_id: MLflow's id of the run, after the start.
+        failure: the first error, for the record's `degraded`.
     """
 
     run_id: str | None = None
@@ -237,31 +237,31 @@ class NullTracker:
         tags: Mapping[str, str],
         run_id: str | None = None,
     ) -> None:
-        """Begin a run, or go on with `run_id` where it still exists.
+        """Begin a run, or continue `run_id` if it still exists.
 
         Args:
             run_name: shown in the list of runs.
-            parameters: nested settings; nesting becomes dots, lists JSON, and what is too long is cut.
+            parameters: nested settings; nesting becomes dots, lists JSON, and long values are cut.
             tags: searchable strings.
             run_id: of a run that was interrupted.
         """
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Figures at a step; those that are not finite become tags `nonfinite.<name>`, not numbers."""
+        """Record figures at a step; those that are not finite become tags `nonfinite.<name>`, not numbers."""
 
     def final(self, values: Mapping[str, float]) -> None:
-        """The figures that count, under `final/`."""
+        """Record the final figures, under `final/`."""
         self.metrics({f"final/{name}": value for name, value in values.items()})
 
     def artifact(self, path: Path) -> None:
-        """Keep a file with the run."""
+        """Store a file with the run."""
 
     def finish(self, status: RunStatus = "FINISHED") -> None:
         """End the run."""
 
 
 class Tracker(NullTracker):
-    """One run in MLflow. A failure of MLflow never becomes one of the run: it is kept, and tracking stops."""
+    """One run in MLflow. An error of MLflow does not stop the run: it becomes `failure`, and tracking stops."""
 
     def __init__(self, uri: str, experiment: str = "sparsekit", artifact_root: Path | None = None) -> None:
         self.uri = uri
@@ -295,7 +295,7 @@ class Tracker(NullTracker):
         self._attempt("starting the run", begin)
 
     def find(self, tags: Mapping[str, str], finished: bool = False) -> str | None:
-        """MLflow's name for the latest run with these tags, or None; `finished`: among those that are."""
+        """MLflow's id of the latest run with these tags, or None; `finished`: only among finished runs."""
         found: list[str] = []
 
         def look() -> None:
@@ -310,14 +310,14 @@ class Tracker(NullTracker):
         return found[0] if found else None
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Figures at a step; those that are not finite become tags `nonfinite.<name>`, not numbers."""
-        # MLflow stores infinity as 1.797e308: a plot of it would be wrong, silence too.
+        """Record figures at a step; those that are not finite become tags `nonfinite.<name>`, not numbers."""
+        # MLflow stores infinity as 1.797e308, which would spoil plots.
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         others = {f"nonfinite.{name}": str(float(values[name])) for name in values if name not in finite}
         self._attempt("logging metrics", lambda: self._log(metrics=finite, tags=others, step=step))
 
     def artifact(self, path: Path) -> None:
-        """Keep a file with the run."""
+        """Store a file with the run."""
         size = path.stat().st_size if path.exists() else 0
         keep = PATIENCE + size / 2**20
         self._attempt("storing an artifact", lambda: self._client.log_artifact(self.run_id, str(path)), keep)
@@ -337,13 +337,13 @@ class Tracker(NullTracker):
     def _attempt(self, what: str, action: Callable[[], None], patience: float | None = None) -> None:
         if self.failure is not None:
             return
-        _mlflow()  # importing it takes seconds, which are not the server's
+        _mlflow()  # importing takes seconds, which must not count as the server's
         try:
             with _quiet():
                 if _sqlite_path(self.uri) is None:
                     _bounded(action, PATIENCE if patience is None else patience)
                 else:
-                    action()  # has bounds of its own
+                    action()  # SQLite has its own timeout
         except _failures(TrackingError) as error:
             said = addresses.without_secrets(_first_line(error), self.uri)
             self.failure = f"tracking stopped while {what}: {said}"
@@ -367,10 +367,10 @@ class Tracker(NullTracker):
 
 
 def _bounded(action: Callable[[], None], seconds: float) -> None:
-    """Do it in a thread of its own, which is left behind where it takes longer.
+    """Run the action in a thread, which is abandoned if it takes longer.
 
     Raises:
-        TrackingError: it does.
+        TrackingError: it takes longer.
     """
     done: Future[None] = Future()
 
@@ -399,7 +399,7 @@ def _flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _name(name: str) -> str:
-    """A name that MLflow takes: its characters, and a relative path that goes nowhere else."""
+    """A name that MLflow accepts: allowed characters, and a relative path without `..`."""
     cleaned = re.sub(r"[^A-Za-z0-9_\-.: /]", "_", name)
     if posixpath.normpath(cleaned) != cleaned or cleaned.startswith(("/", ".")):
         cleaned = "/".join(part for part in cleaned.split("/") if part.strip(".")) or "_"
