@@ -1,1 +1,1 @@
-"""Standardised comparisons: one file in, many runs under one protocol, one report out."""
+"""Comparisons: one file describes many runs under one protocol, and one report shows their results."""

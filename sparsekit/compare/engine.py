@@ -1,4 +1,4 @@
-"""A comparison, done or gone on with: plan, tune, run, and what is known at each moment from disk alone."""
+"""The engine of a comparison: plan, tune, run. Its whole state is on disk, so that it can be stopped and continued."""
 
 from __future__ import annotations
 
@@ -46,28 +46,28 @@ from sparsekit.runs.preview import preview, with_examples
 from sparsekit.runs.schema import run_key
 from sparsekit.runs.settings import ResolvedRun, resolve
 
-#: A worker that dies so often without a step done in between is not started again.
+#: After so many deaths of workers in a row, without a finished step in between, a job is not started again.
 DEATHS = 3
 
-#: Called with (what is being done, done, of how many).
+#: Callback for progress, called with (name of the work, done, total).
 Tell = Callable[[str, int, int], None]
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Tell nobody."""
+    """Default callback: does nothing."""
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """What a comparison would do, found without training or pruning anything.
+    """A comparison's estimated cost, computed without training or pruning.
 
     Attributes:
         points: cells of the comparison.
         warnings: departures from the protocol.
-        runs: points × seeds.
-        trials: tuning runs.
-        seconds: of all passes through the networks, on one worker; solves and factorisations come on top.
-        memory: bytes that the largest run's worker needs.
+        runs: number of points × seeds.
+        trials: number of tuning runs.
+        seconds: of all passes through the networks, on one worker; without solves and factorisations.
+        memory: bytes that the worker of the largest run needs.
     """
 
     points: list[Point]
@@ -79,10 +79,10 @@ class Sketch:
 
 
 def sketch(given: ComparisonSettings, registry: Registry) -> Sketch:
-    """Validate a comparison whole, and say what it costs.
+    """Validate all of a comparison, and estimate its cost.
 
     Raises:
-        SparsekitError: a point cannot work; the sentence says which.
+        SparsekitError: a point cannot work; the message says which.
     """
     points = expand(given, registry)
     searches = tuning.searches(given, points, Path())
@@ -109,7 +109,7 @@ def sketch(given: ComparisonSettings, registry: Registry) -> Sketch:
 
 
 def _memory(point: Point) -> int:
-    """Bytes that a worker with a point's run needs at most; refuses what cannot work."""
+    """The most bytes that a worker needs for a point's run; raises a SparsekitError if the run cannot work."""
     try:
         needed = preview(with_examples(point.resolved, point.resolved.task.build())).memory
     except SparsekitError as error:
@@ -119,14 +119,14 @@ def _memory(point: Point) -> int:
 
 
 def workers_for(cores: int, memory: int, threads: int, device: torch.device) -> int:
-    """As many as cores and free memory allow; one on a GPU, whose memory the runs would fight for."""
+    """As many workers as cores and free memory allow; one on a GPU, because runs would compete for its memory."""
     if device.type == "cuda":
         return 1
     return max(1, min(cores // threads, int(0.9 * available_memory(device).host // memory)))
 
 
 def _shown(given: ComparisonSettings) -> dict[str, Any]:
-    """The file as the plan and the report show it, without what is secret in an address."""
+    """The file as the plan and the report show it, without secrets in addresses."""
     plain = given.model_dump(mode="json")
     if given.tracking.uri is not None:
         plain["tracking"]["uri"] = redacted(given.tracking.uri)
@@ -135,12 +135,12 @@ def _shown(given: ComparisonSettings) -> dict[str, Any]:
 
 # -- the comparison ----------------------------------------------------------------------------------------
 class Engine:
-    """Drives one comparison in its directory.
+    """Runs one comparison in its directory.
 
     Attributes:
-        given: the file.
-        directory: where everything lies.
-        finished: called with each run's directory as soon as it is finished.
+        given: the contents of the file.
+        directory: of all its files.
+        finished: called with each run as soon as it is finished.
         tell: called with progress.
     """
 
@@ -159,10 +159,10 @@ class Engine:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the comparison's directory.
+        """Lock the comparison's directory.
 
         Raises:
-            RecordError: another process holds it, or it cannot be written.
+            RecordError: another process has locked it, or it cannot be written.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ class Engine:
             lock.release()
 
     def run(self, executor: Executor, *, again: bool = False) -> Comparison:
-        """Do all that is not finished; `again`: also what has failed.
+        """Do all runs that are not finished; with `again` also those that have failed.
 
         Raises:
             SparsekitError: the comparison cannot begin, or its directory cannot be written any more.
@@ -199,7 +199,7 @@ class Engine:
         open_runs = [run for run in plan.runs if not found.finished(run)]
         todo = [run for run in open_runs if not run.lost and (again or run.directory not in found.failures)]
         for run in todo:
-            failure_path(self.directory, run).unlink(missing_ok=True)  # it is now to be seen anew
+            failure_path(self.directory, run).unlink(missing_ok=True)  # it is out of date from now on
         self._work([Job(self.directory, runs, again) for runs in self._grouped(todo)], len(plan.runs), executor)
         return Comparison.load(self.directory)
 
@@ -212,7 +212,7 @@ class Engine:
         made_of = []
         for job in jobs:
             resolved = resolve(job.settings, self.registry)
-            _, found, _ = self._source(resolved)  # the dense network, made here once and not in each worker
+            _, found, _ = self._source(resolved)  # trains the dense network once, here, not in each worker
             made_of.append({**found, "plugins": plugins_used(resolved, self.registry)})
         key = tuning.key_of(jobs, made_of)
         before = read(Tuning, self.directory / TUNING)
@@ -228,7 +228,7 @@ class Engine:
         return tuned
 
     def _survived(self, executor: Executor, job: tuning.Search, future: Future[Tuned]) -> Tuned:
-        """What a search has found; where its worker died, another one goes on, as long as a step was done between."""
+        """The result of a search; a job whose worker died is submitted again, as long as steps get done."""
         before, deaths = -1, 0
         while True:
             try:
@@ -242,7 +242,7 @@ class Engine:
                 future = executor.submit(tuning.search, job)
 
     def plan(self, points: Sequence[Point], tuned: Sequence[Tuned]) -> Plan:
-        """All runs, with the directories that their records will have."""
+        """The plan: all runs, with the directories of their records."""
         runs = []
         for point in points:
             settings = tuning.settled(point, self.given.tune, tuned)
@@ -280,7 +280,7 @@ class Engine:
         )
 
     def _source(self, resolved: ResolvedRun) -> tuple[Task, dict[str, str], dict[str, float]]:
-        """The task, hashes of its dense network and data, and what a forward pass costs; trained at first use."""
+        """The task, hashes of its dense network and data, and multiply-adds; the network is trained at first use."""
         key = str(resolved.as_dict()["task"])
         if key not in self._sources:
             task = resolved.task.build()
@@ -291,7 +291,7 @@ class Engine:
         return self._sources[key]
 
     def _grouped(self, runs: Sequence[PlannedRun]) -> list[tuple[PlannedRun, ...]]:
-        """Runs that can share curvature statistics stand together, in the plan's order."""
+        """The runs in groups that can share curvature statistics, in the plan's order."""
         groups: dict[str, list[PlannedRun]] = {}
         for run in runs:
             resolved = resolve(run.settings, self.registry)
@@ -327,7 +327,7 @@ class Engine:
                 self.tell("runs", total - len(todo), total)
 
     def _blame(self, job: Job, cause: str, executor: Executor, waiting: dict[Future[None], Job]) -> None:
-        """The first run that is not done has killed its worker again and again; the others get another one."""
+        """Record a failure of the first run that is not done, whose workers died, and resubmit the others."""
         rest = [run for run in job.runs if not self._is_finished(run.directory)]
         rest = [run for run in rest if not failure_path(self.directory, run).exists()]
         if rest:
@@ -345,7 +345,7 @@ class Engine:
 
     def _is_finished(self, directory: str) -> bool:
         path = self.directory / directory
-        if not (path / "mask.safetensors").exists():  # spares reading a record that is begun
+        if not (path / "mask.safetensors").exists():  # saves reading the record of an unfinished run
             return False
         try:
             record = RunDirectory(path).read()
@@ -358,7 +358,7 @@ class Engine:
 
 
 def _varies(points: Sequence[Point]) -> list[str]:
-    """What two seeds of a point differ in."""
+    """What differs between two seeds of a point, in words."""
     runs = [point.resolved for point in points]
     fitted = any(run.settings.reconstruction.how != "none" for run in runs)
     trained = any(run.finetune.epochs for run in runs)
@@ -372,7 +372,7 @@ def _magnitude(points: Sequence[Point]) -> str | None:
 
 
 def multiply_adds(task: Task, model: torch.nn.Module) -> dict[str, float]:
-    """Multiply-adds of each module's weight in one example's forward pass, by parameter name."""
+    """Parameter name -> multiply-adds of a module's weight in one example's forward pass."""
     inputs, _ = next(iter(task.batches("train", batch_size=1, limit=1)))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -389,5 +389,5 @@ def multiply_adds(task: Task, model: torch.nn.Module) -> dict[str, float]:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

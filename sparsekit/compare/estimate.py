@@ -1,4 +1,4 @@
-"""How long a run will take, from its passes through the network; factorisations and solves are left out."""
+"""An estimate of a run's time from its passes through the network, without factorisations and solves."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sparsekit.runs.settings import ResolvedRun
 
 # In units of a forward and backward pass of one example.
 _FORWARD = 1 / 3
-_ROWS = 2.0  # gradient rows, by example
-_FIT = 5.0  # layers fitted to the dense network's, by anchor and cut
+_ROWS = 2.0  # the gradient row of an example
+_FIT = 5.0  # reconstruction, for each anchor and cut
 
 
 def passes(resolved: ResolvedRun, *, shared: bool = False) -> float:
-    """Forward and backward passes of single examples that a run makes; `shared`: its first estimate is another's."""
+    """Number of forward and backward passes of one example in a run; `shared`: another run makes its first estimate."""
     task = resolved.task.build()
     resolved = resolved.fitted(task.size("train"))
     given = resolved.estimator.settings
@@ -37,7 +37,7 @@ def passes(resolved: ResolvedRun, *, shared: bool = False) -> float:
 
 
 def seconds_of_an_example(resolved: ResolvedRun, batch_size: int = 64) -> float:
-    """Seconds of a forward and backward pass of one example, measured on the untrained network."""
+    """Seconds that a forward and backward pass of one example takes, measured on the untrained network."""
     task = resolved.task.build()
     device = find_device(resolved.settings.device)
     model = task.network().to(device)

@@ -1,4 +1,4 @@
-"""Where jobs run: processes of this machine, or Ray. Both take a function and its argument, and give a future."""
+"""Executors of jobs: local processes or Ray. Both take a function and its argument, and return a future."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ R = TypeVar("R")
 
 
 class WorkerDied(SparsekitError):
-    """The process that a job ran in is gone; what it had on disk is whole."""
+    """The process that ran a job has ended; its files on disk are whole."""
 
 
 class Executor(ABC):
-    """Runs jobs beside one another. A job is a picklable function with one picklable argument."""
+    """Runs jobs in parallel. A job is a picklable function with one picklable argument."""
 
     def __enter__(self) -> Self:
         return self
@@ -41,15 +41,15 @@ class Executor(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Stop at once; jobs that are running are ended."""
+        """Stop at once; running jobs are ended."""
 
 
 class LocalExecutor(Executor):
-    """A thread for each worker process, which lives until it is closed, or replaced after it died.
+    """Local worker processes, each driven by a thread; they run until `close`, and are replaced if they die.
 
     Args:
-        workers: processes.
-        threads: of torch in each.
+        workers: number of processes.
+        threads: number of torch's threads in each.
     """
 
     def __init__(self, workers: int, threads: int = 1) -> None:
@@ -71,7 +71,7 @@ class LocalExecutor(Executor):
             its.close()
             self._own.worker, self._own.pipe = worker, mine
             self._living.add(worker)
-            if self._closed:  # while it was being started
+            if self._closed:  # meanwhile
                 worker.terminate()
         try:
             self._own.pipe.send((function, job))
@@ -97,8 +97,8 @@ class LocalExecutor(Executor):
 
 
 def _serve(pipe: Connection, threads: int, parent: int) -> None:
-    """A worker's life: job after job, until the pipe is closed or whoever started it is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says what it means
+    """The main function of a worker: run jobs until the pipe is closed or the parent has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; only the parent handles it
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     while True:
@@ -107,7 +107,7 @@ def _serve(pipe: Connection, threads: int, parent: int) -> None:
         except EOFError:
             return
         try:
-            function, job = pickle.loads(given)  # here, so that what this process cannot import is told
+            function, job = pickle.loads(given)  # here, so that import errors are sent back
             answer = (False, function(job))
         except Exception as error:
             answer = (True, _portable(error))
@@ -115,7 +115,7 @@ def _serve(pipe: Connection, threads: int, parent: int) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or one that says as much, where it cannot be sent."""
+    """The error, or a RuntimeError with its message where it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -124,20 +124,20 @@ def _portable(error: Exception) -> Exception:
 
 
 def _follow(parent: int) -> None:
-    """End with the parent, even where it was killed: its locks are to be free at once."""
+    """End this process when the parent has ended, even if it was killed, so that locks are freed at once."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 class RayExecutor(Executor):
-    """Ray's tasks, on this machine or a cluster whose machines see the same folders.
+    """Tasks of Ray, on this machine or a cluster whose machines share the same folders.
 
     Args:
-        threads: cores that each job takes.
-        memory: bytes that each job takes.
-        gpus: that each job takes.
-        address: of the cluster; none: $RAY_ADDRESS, or an instance of its own on this machine.
+        threads: cores for each job.
+        memory: bytes for each job.
+        gpus: for each job.
+        address: of the cluster; None: $RAY_ADDRESS, or a new instance on this machine.
     """
 
     def __init__(self, threads: int, memory: int, gpus: int = 0, address: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A comparison on disk: its plan, its runs' records, what failed, what was tuned. What a report is made from."""
+"""A comparison on disk: its plan, records, failures and tuning, from which the report is made."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Plan(_Schema):
 
 
 class Trial(_Schema):
-    """One setting tried on the tuning half."""
+    """One damping tried on the tuning half."""
 
     damping: float = Field(description="in units of the mean of diag F")
     value: float = Field(description="what is maximised; -inf: the run failed")
@@ -66,7 +66,7 @@ class Trial(_Schema):
 
 
 class Tuned(_Schema):
-    """What tuning found for one method at one place of the axes."""
+    """The result of tuning for one method and one value of each axis."""
 
     axes: dict[str, str]
     trials: list[Trial]
@@ -92,13 +92,13 @@ class Failure(_Schema):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is on disk.
+    """The contents of a comparison's directory.
 
     Attributes:
         directory: of the comparison.
         plan: see `Plan`.
         records: directory of a planned run -> its record; absent where the run has not begun.
-        failures: the same -> why it failed; a run that is neither finished nor failed is still to be done.
+        failures: directory of a planned run -> why it failed; a run neither finished nor failed is still to be done.
         tuning: None where nothing is tuned.
     """
 
@@ -121,7 +121,7 @@ class Comparison:
         records: dict[str, RunRecord] = {}
         failures: dict[str, Failure] = {}
         for run in plan.runs:
-            if run.lost:  # whatever lies there was made with another damping
+            if run.lost:  # a record there would be of another damping
                 failures[run.directory] = Failure(cause=run.lost, when="")
                 continue
             try:
@@ -137,7 +137,7 @@ class Comparison:
         return cls(directory, plan, records, failures, read(Tuning, directory / TUNING))
 
     def finished(self, run: PlannedRun) -> bool:
-        """Whether a run has been done whole."""
+        """Whether a run is finished."""
         record = self.records.get(run.directory)
         return record is not None and record.status == "finished"
 
@@ -161,5 +161,5 @@ def read(model: type[T], path: Path) -> T | None:
 
 
 def write(model: BaseModel, path: Path) -> None:
-    """Put the file in the place of the one before, whole."""
+    """Write a model's file atomically."""
     atomic_write(path, model.model_dump_json(indent=2).encode() + b"\n")

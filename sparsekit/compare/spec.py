@@ -1,4 +1,4 @@
-"""A comparison's file: what is compared, under which protocol; validated and expanded before anything runs."""
+"""A comparison's file: the compared methods and the protocol, validated and expanded before any run."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from sparsekit.runs.settings import (
     resolve,
 )
 
-#: What every point says of itself.
+#: The axes that every point has.
 RESERVED = ("task", "method", "compensation", "reconstruction", "pattern", "schedule")
 
-#: Characters of a comparison's, a method's or an axis' name: they head columns and name files.
+#: Largest number of characters in the name of a comparison, method or axis: names head columns and name files.
 LONGEST_NAME = 100
 
-#: In one comparison: each is a directory.
+#: Largest number of runs in one comparison; each is a directory.
 MOST_RUNS = 10_000
 
-#: What a worker needs beside its estimator: interpreter, torch, data and activations.
+#: Bytes that a worker needs beside its estimator: interpreter, torch, data and activations.
 WORKER_BYTES = 1 << 30
 
 
@@ -60,7 +60,7 @@ class TuningSettings(Settings):
 
 
 class ComparisonSettings(Settings):
-    """A comparison: methods × axes × seeds, all over the same `run`."""
+    """A comparison: methods × axes × seeds, all based on the same `run`."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
@@ -96,9 +96,9 @@ class Point:
 
     Attributes:
         method: its name in the file.
-        chosen: the comparison's axes -> label of the value; none for an axis that the method fixes.
+        chosen: axis of the file -> label of its value, without axes that the method fixes.
         settings: of the run, without a seed.
-        resolved: the same, with every name found, at the first seed.
+        resolved: the same with all names resolved, at the first seed.
     """
 
     method: str
@@ -108,12 +108,12 @@ class Point:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """A name for messages."""
         return ", ".join([self.method, *self.chosen.values()])
 
     @property
     def axes(self) -> dict[str, str]:
-        """What it is, in words: the same keys for every point of a comparison."""
+        """Axis -> value in words; all points of a comparison have the same axes, except those that a method fixes."""
         run, names = self.resolved.settings, self.resolved.names
         parts = {1: ""}.get(run.substeps, f", {run.substeps} sub-steps")
         return {
@@ -128,7 +128,7 @@ class Point:
 
     @property
     def tunable(self) -> bool:
-        """Whether a damping has any influence on it."""
+        """Whether it depends on a damping."""
         return self.resolved.estimator.cls is not Identity
 
 
@@ -136,7 +136,7 @@ def expand(given: ComparisonSettings, registry: Registry) -> list[Point]:
     """All points, in the file's order: methods first, then axes.
 
     Raises:
-        SettingsError: a setting is not valid; the sentence says of which method.
+        SettingsError: a setting is not valid; the message says of which method.
     """
     points = []
     axes = {axis: _values(axis, values) for axis, values in given.axes.items()}
@@ -178,7 +178,7 @@ def _check_names(methods: Iterable[str], axes: Mapping[str, Iterable[str]]) -> N
 
 
 def _values(axis: str, given: Any) -> dict[str, dict[str, Any]]:
-    """Label -> settings of a run, of one axis."""
+    """The values of one axis: label -> settings of a run."""
     if not given:
         raise SettingsError(f"axes.{axis} has no values; give some, or leave it out")
     if isinstance(given, Mapping):
@@ -239,7 +239,7 @@ def _distinct(points: Sequence[Point]) -> None:
 
 
 def departures(point: Point, registry: Registry) -> dict[str, Any]:
-    """Settings that differ from the components' own defaults, or in anything from the preset's, by dotted name."""
+    """Dotted name -> value, of settings that differ from the components' defaults or from the preset."""
     resolved = point.resolved
     kinds = ["estimator", "saliency", "pattern", "finetune"]
     if resolved.settings.preset is not None:
@@ -261,7 +261,7 @@ def departures(point: Point, registry: Registry) -> dict[str, Any]:
 
 
 def warnings(given: ComparisonSettings, points: Sequence[Point]) -> list[str]:
-    """Where the file departs from the protocol, a sentence each."""
+    """Departures of the file from the protocol, a sentence each."""
     found = []
     runs = [point.resolved for point in points]
     levels = {run.sparsity for run in runs}

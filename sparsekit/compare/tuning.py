@@ -1,4 +1,4 @@
-"""Fair tuning: every method gets the same number of trials, over the same range of dampings, on the tuning half."""
+"""Tuning: every method gets the same number of trials, over the same range of dampings, on the tuning half."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from sparsekit.runs.settings import merge, resolve
 
 @dataclass(frozen=True)
 class Search:
-    """A method's trials, for one worker.
+    """A search for one method's damping, done by one worker.
 
     Attributes:
         directory: of the comparison.
-        axes: what is tuned.
+        axes: the task, the method and the values of the axes in `over`.
         settings: of its runs.
-        tune: the search.
+        tune: how dampings are searched.
     """
 
     directory: Path
@@ -37,7 +37,7 @@ class Search:
 
 
 def searches(given: ComparisonSettings, points: Sequence[Point], directory: Path) -> list[Search]:
-    """One for each method and value of the axes in `over`; of other axes the first value stands for all."""
+    """One search for each method and value of the axes in `over`, at the first value of the other axes."""
     tune = given.tune
     if tune is None:
         return []
@@ -52,12 +52,12 @@ def searches(given: ComparisonSettings, points: Sequence[Point], directory: Path
 
 
 def place(point: Point, tune: TuningSettings) -> dict[str, str]:
-    """Where a point's damping is found: its task, its method, and its value of each axis in `over`."""
+    """The axes of a point's search: its task, its method, and its value of each axis in `over`."""
     return {axis: value for axis, value in point.axes.items() if axis in ("task", "method", *tune.over)}
 
 
 def search(job: Search) -> Tuned:
-    """All trials of one search; those that were finished before are read."""
+    """Do all trials of one search; finished ones are read from disk."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -76,7 +76,7 @@ def search(job: Search) -> Tuned:
         settings = merge(job.settings, damped(damping))
         try:
             value, cause = worth(one(job.directory / TRIALS, settings, shared, again=True)), ""
-        except Exception as error:  # a bug of ours or a plugin's is this trial's failure, as it would be a run's
+        except Exception as error:  # a bug, ours or a plugin's, makes the trial fail, as it would a run
             name = "" if isinstance(error, SparsekitError) else f"{type(error).__name__}: "
             value, cause = -math.inf, f"{name}{error}"
         trials.append(Trial(damping=damping, value=value, cause=cause))
@@ -91,7 +91,7 @@ def search(job: Search) -> Tuned:
 
 
 def worth(record: RunRecord) -> float:
-    """Mean accuracy over the levels, as left by the last stage; −loss where the task has no accuracy."""
+    """The mean over levels of the final accuracy, or of −loss where the task has no accuracy."""
     last = [level.finetuned or level.pruned for level in record.levels]
     values = [metrics["accuracy"] if "accuracy" in metrics else -metrics["loss"] for metrics in last]
     mean = sum(values) / len(values)
@@ -104,13 +104,13 @@ def damped(damping: float) -> dict[str, Any]:
 
 
 def key_of(jobs: Sequence[Search], made_of: Sequence[Mapping[str, Any]]) -> str:
-    """What tuning depends on, hashed; `made_of` are hashes and versions behind each search."""
+    """A hash of all that tuning depends on; `made_of` are the hashes and versions behind each search."""
     searched = [[job.axes, job.settings, job.tune.model_dump(mode="json")] for job in jobs]
     return run_key({"searches": searched, "made of": list(made_of)})
 
 
 def steps(job: Search, registry: Registry) -> int:
-    """How far a search has come: the steps, and beginnings, of all its trials' runs."""
+    """The progress of a search: the number of begun runs of its trials plus their steps."""
     own = _but_damping(resolve(job.settings, registry).as_dict())
     count = 0
     for path in (job.directory / TRIALS).glob("*/record.json"):
@@ -124,19 +124,19 @@ def steps(job: Search, registry: Registry) -> int:
 
 
 def _but_damping(settings: Mapping[str, Any]) -> str:
-    """What the runs of one search have in common, hashed."""
+    """A hash of the settings that all runs of a search share."""
     estimator = {k: v for k, v in settings["estimator"].items() if k not in damped(0.0)["estimator"]}
     rest = {key: value for key, value in settings.items() if key not in ("output", "tracking")}
     return run_key({**rest, "estimator": estimator})
 
 
 def failed(tuned: Tuned) -> bool:
-    """Whether a trial was lost, or all of them."""
+    """Whether a trial failed, or no damping was found."""
     return tuned.damping is None or any(trial.cause for trial in tuned.trials)
 
 
 def told(given: ComparisonSettings, points: Sequence[Point], tuned: Sequence[Tuned], key: str) -> Tuning:
-    """What tuning found, as it is kept."""
+    """The results of tuning, as they are stored."""
     tune = given.tune
     assert tune is not None
     levels = f"the sparsities {', '.join(map(str, tune.sparsity))}" if tune.sparsity else "all sparsities"
@@ -150,7 +150,7 @@ def told(given: ComparisonSettings, points: Sequence[Point], tuned: Sequence[Tun
 
 
 def settled(point: Point, tune: TuningSettings | None, tuned: Sequence[Tuned]) -> dict[str, Any]:
-    """A point's settings, with the damping that was found for it; where none was, see `lost`."""
+    """A point's settings with the damping found for it; if none was found, see `lost`."""
     if tune is None or not point.tunable:
         return dict(point.settings)
     found = _of(point, tune, tuned).damping
@@ -158,7 +158,7 @@ def settled(point: Point, tune: TuningSettings | None, tuned: Sequence[Tuned]) -
 
 
 def lost(point: Point, tune: TuningSettings | None, tuned: Sequence[Tuned]) -> str:
-    """Why a point has no damping, though one was searched for; empty where it has, or needs none."""
+    """Why the search found no damping for a point; empty where it found one or none is needed."""
     if tune is None or not point.tunable:
         return ""
     found = _of(point, tune, tuned)

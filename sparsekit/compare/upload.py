@@ -1,4 +1,4 @@
-"""Finished runs in MLflow, told from their records; a comparison's runs stand under one parent."""
+"""Upload of finished runs to MLflow from their records; a comparison's runs have one parent run."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from sparsekit.runs.directory import RunDirectory
 from sparsekit.runs.publish import publish
 from sparsekit.runs.tracking import Tracker
 
-#: MLflow's tag for the run above a run.
+#: MLflow's tag for a run's parent.
 PARENT = "mlflow.parentRunId"
 
 
 class Upload:
-    """Tells MLflow of runs that it does not know yet.
+    """Uploads the runs that MLflow does not have yet.
 
     Args:
-        uri, experiment: where.
-        directory: of a comparison, whose parent run is begun or gone on with; None for runs on their own.
+        uri, experiment: of MLflow.
+        directory: of a comparison, whose parent run is begun or continued; None for runs without a comparison.
         name: of the parent run.
 
     Attributes:
-        failure: the first thing that went wrong; nothing more is told after it.
-        skipped: why a run could not be told, the first of those.
-        told: runs that were told.
+        failure: the first error of MLflow; nothing is uploaded after it.
+        skipped: why a run could not be read, the first such error.
+        told: number of uploaded runs.
     """
 
     def __init__(self, uri: str, experiment: str, directory: Path | None = None, name: str = "") -> None:
@@ -47,7 +47,7 @@ class Upload:
             self.failure = self._parent.failure
 
     def run(self, path: Path) -> None:
-        """Tell of a finished run; nothing is done where MLflow has it already."""
+        """Upload a finished run, unless MLflow has it already."""
         if self.failure is not None:
             return
         tags = {} if self._parent is None else {PARENT: self._parent.run_id or ""}
@@ -55,11 +55,11 @@ class Upload:
         try:
             record = directory.read()
             if record is not None and child.find({"key": record.key, **tags}, finished=True) is None:
-                begun = child.find({"key": record.key, **tags})  # by somebody who was stopped
+                begun = child.find({"key": record.key, **tags})  # an upload that was interrupted
                 publish(child, directory, tags, begun)
                 self.told += child.failure is None
         except RecordError as error:
-            self.skipped = self.skipped or str(error)  # one record that is damaged: the others are told
+            self.skipped = self.skipped or str(error)  # a damaged record; the other runs are uploaded
         self.failure = child.failure
 
     def finish(self, files: Sequence[Path]) -> None:
@@ -72,7 +72,7 @@ class Upload:
 
 
 class Uploader:
-    """An `Upload` in a thread of its own: the work never waits for a tracker that is slow or gone."""
+    """An `Upload` in a thread of its own, so that runs never wait for a slow or unreachable MLflow."""
 
     def __init__(self, uri: str, experiment: str, directory: Path, name: str) -> None:
         self._where = uri, experiment, directory, name
@@ -82,11 +82,11 @@ class Uploader:
         self._thread.start()
 
     def put(self, path: Path) -> None:
-        """Tell of a finished run, some time."""
+        """Queue a finished run."""
         self._queue.put(path)
 
     def close(self, files: Sequence[Path], timeout: float = 120.0) -> str | None:
-        """Finish what is queued, and the parent run with these files; returns what went wrong."""
+        """Upload all queued runs, and end the parent run with these files; returns the first error."""
         self._queue.put(files)
         self._thread.join(timeout)
         return f"MLflow has not answered for {timeout:.0f} s" if self._thread.is_alive() else self.failure
@@ -101,19 +101,19 @@ class Uploader:
 
 
 def track(directory: Path, uri: str, experiment: str) -> tuple[int, int]:
-    """Tell MLflow of all finished runs in a directory that it does not know yet.
+    """Upload all finished runs of a directory that MLflow does not have yet.
 
     Args:
         directory: of a comparison, of runs, or of one run.
         uri: of MLflow.
-        experiment: there.
+        experiment: its name.
 
     Returns:
-        how many runs were told now, and how many are finished.
+        The number of runs uploaded now, and of all finished ones.
 
     Raises:
-        RecordError: nothing is there.
-        TrackingError: MLflow cannot be reached, or fails on the way.
+        RecordError: there are no finished runs, or a record is damaged.
+        TrackingError: MLflow cannot be reached, or fails.
     """
     if (directory / PLAN).exists():
         comparison = Comparison.load(directory)
@@ -139,7 +139,7 @@ def track(directory: Path, uri: str, experiment: str) -> tuple[int, int]:
 
 
 def _finished(path: Path) -> bool:
-    """Also where that cannot be read, so that it is said."""
+    """Whether a run is finished; also True where its record cannot be read, so that the error is reported."""
     try:
         record = RunDirectory(path).read()
     except RecordError:

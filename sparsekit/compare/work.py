@@ -1,4 +1,4 @@
-"""What a worker does: the runs of a job, one after the other, so that they share their curvature statistics."""
+"""The work of one worker: the runs of a job, one after another, so that they share curvature statistics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Job:
     Attributes:
         directory: of the comparison.
         runs: in their order.
-        again: whether to make anew what is found damaged.
+        again: whether damaged runs are done again.
     """
 
     directory: Path
@@ -37,15 +37,15 @@ class Job:
 
 @cache
 def registry() -> Registry:
-    """Loaded once in each worker."""
+    """The registry, loaded once in each worker."""
     return load_registry()
 
 
 def do(job: Job) -> None:
-    """Do a job's runs. One that fails leaves its cause in the comparison's `failures`, and the rest go on.
+    """Do a job's runs. A failure is written to the comparison's `failures`, and the other runs are still done.
 
     Raises:
-        RecordError: not even that can be written.
+        RecordError: a failure cannot be written.
     """
     shared = SharedStatistics()
     for run in job.runs:
@@ -54,7 +54,7 @@ def do(job: Job) -> None:
             one(job.directory / RUNS, run.settings, shared, run.directory, again=job.again)
         except SparsekitError as error:
             write(Failure(cause=str(error), when=now()), place)
-        except Exception as error:  # a bug of ours or a plugin's: told with its traceback, and no other run's concern
+        except Exception as error:  # a bug, ours or a plugin's: recorded with its traceback
             details = "".join(traceback.format_exception(error))
             write(Failure(cause=f"{type(error).__name__}: {error}", details=details, when=now()), place)
 
@@ -62,10 +62,10 @@ def do(job: Job) -> None:
 def one(
     output: Path, settings: Mapping[str, Any], shared: SharedStatistics, planned: str = "", *, again: bool = False
 ) -> RunRecord:
-    """A run, or the rest of it. The comparison tracks it, from the record.
+    """Do a run, or what is left of it. It does not upload to MLflow: the comparison does.
 
     Raises:
-        RecordError: its directory is not the planned one: data, weights or device are not what the plan was made with.
+        RecordError: its directory is not the planned one: data, weights or device differ from those of the plan.
     """
     own = {"output": str(output), "tracking": {"enabled": False}}
     resolved = resolve({**settings, **own}, registry())
@@ -84,5 +84,5 @@ def one(
 
 
 def failure_path(directory: Path, run: PlannedRun) -> Path:
-    """Where a run's failure is told."""
+    """The file of a run's failure."""
     return directory / FAILURES / f"{Path(run.directory).name}.json"

@@ -13,11 +13,11 @@ from sparsekit.linalg.operator import ConstrainedMinimum, Iteration, LinearOpera
 
 
 class BlockDiagonal(LinearOperator):
-    """Blocks H_b of the precision on consecutive stretches of Rⁿ; exact in everything.
+    """Blocks H_b of the precision on consecutive stretches of Rⁿ; every result is exact.
 
     Args:
-        precision: (m, B, B), the blocks of H; float64 is the right type for what follows from them. In a
-            stretch shorter than B the surplus rows and columns are ignored.
+        precision: (m, B, B), the blocks of H, best in float64. In a stretch shorter than B the surplus rows and
+            columns are ignored.
         sizes: lengths of the m stretches, in order; each between 1 and B.
 
     Raises:
@@ -34,7 +34,7 @@ class BlockDiagonal(LinearOperator):
 
     @classmethod
     def of_precision(cls, precision: Tensor, sizes: Sequence[int]) -> Self:
-        """The constructor, by a name that says what it takes: blocks of H = Σ⁻¹, not of Σ."""
+        """The constructor under a name that says that it takes blocks of H = Σ⁻¹, not of Σ."""
         return cls(precision, sizes)
 
     @cached_property
@@ -61,7 +61,7 @@ class BlockDiagonal(LinearOperator):
         return self.precision.diagonal(dim1=1, dim2=2)[self._inside]
 
     def conditioned(self, kept: Tensor) -> BlockDiagonal:
-        """Exact, by one Cholesky factor of H_SS a block."""
+        """Exact, by one Cholesky factor of H_SS for each block."""
         return BlockDiagonal.of_precision(
             decoupled(self._scatter((~kept)[:, None])[..., 0], self.precision), self._sizes
         )
@@ -93,10 +93,10 @@ class BlockDiagonal(LinearOperator):
 
 
 def decoupled(where: Tensor, blocks: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Blocks (m, B, B) without coupling to the coordinates at `where` (m, B), which get a diagonal of the same size.
+    """Blocks (m, B, B) without coupling to the coordinates at `where` (m, B); their diagonal entries are replaced.
 
-    The size is `scale`, or the mean of the block's remaining diagonal, so that no pivot looks small beside a
-    stand-in.
+    The new entries are `scale`, or the mean of the block's other diagonal entries, so that no pivot is small beside
+    them.
     """
     if scale is None:
         diagonal, left = blocks.diagonal(dim1=1, dim2=2), (~where).sum(1)

@@ -1,4 +1,4 @@
-"""Σ is a diagonal."""
+"""A diagonal operator."""
 
 from __future__ import annotations
 

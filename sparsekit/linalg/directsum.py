@@ -1,4 +1,4 @@
-"""Operators side by side, one a layer."""
+"""The direct sum of operators, one for each layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsekit.linalg.operator import ConstrainedMinimum, Iteration, LinearOpera
 
 
 class DirectSum(LinearOperator):
-    """Operators on consecutive stretches of Rⁿ, independent of one another: one a layer."""
+    """Operators on consecutive stretches of Rⁿ, independent of one another: one for each layer."""
 
     def __init__(self, parts: Sequence[LinearOperator]) -> None:
         super().__init__(sum(part.size for part in parts), parts[0].dtype, parts[0].device)
@@ -35,7 +35,7 @@ class DirectSum(LinearOperator):
         return torch.cat([part.inverse_diagonal() for part in self.parts])
 
     def conditioned(self, kept: Tensor) -> DirectSum:
-        """Each part's own."""
+        """By each part."""
         stretches = zip(self.parts, kept.split(self._sizes), strict=True)
         return DirectSum([part.conditioned(k) for part, k in stretches])
 
@@ -49,7 +49,7 @@ class DirectSum(LinearOperator):
         return gathered(index, self._placed(), LinearOperator.inverse_blocks)
 
     def conditioned_blocks(self, index: Tensor) -> Tensor:
-        """Each part's own."""
+        """By each part."""
         return gathered(index, self._placed(), LinearOperator.conditioned_blocks)
 
     def _placed(self) -> Iterator[tuple[slice, LinearOperator]]:
@@ -83,7 +83,7 @@ class DirectSum(LinearOperator):
 def gathered(
     index: Tensor, parts: Iterable[tuple[slice, LinearOperator]], of: Callable[[LinearOperator, Tensor], Tensor]
 ) -> Tensor:
-    """Principal blocks of a direct sum from `of` its parts, one part at a time; `of` is a method of the base."""
+    """Principal blocks of a direct sum, part by part, by the method `of` of `LinearOperator`."""
     out: Tensor | None = None
     for where, part in parts:
         inside = (index >= where.start) & (index < where.stop)

@@ -7,36 +7,36 @@ from torch import Tensor
 
 from sparsekit.errors import CurvatureError
 
-#: Weights taken before the rest of a block is updated: by then in one matrix product, not in as many passes over it.
+#: Weights eliminated before the rest of a block is updated: in one matrix product, not in one pass for each weight.
 PANEL = 64
 
-#: Part of a block that is still left when what was taken is put aside: copying a block costs several updates of it.
+#: Once at most this fraction of a block is left, it is copied without the rest; a copy costs several updates.
 CROWDED = 0.6
 
 
 def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
-    """The cost of each weight when its turn comes: remove the cheapest, move the others, eliminate it from Σ, go on.
+    """The cost of each weight in greedy elimination: remove the cheapest, move the others, update Σ, repeat.
 
-    Costs are ½ w_i²/Σ_ii; then w ← w − Σ_{:i} w_i/Σ_ii and Σ ← Σ − Σ_{:i}Σ_{i:}/Σ_ii. A cost that is below the one
-    before is raised to just above it, so that one threshold takes from each block a beginning of its order.
+    Costs are ½ w_i²/Σ_ii; then w ← w − Σ_{:i} w_i/Σ_ii and Σ ← Σ − Σ_{:i}Σ_{i:}/Σ_ii. A cost below the previous one
+    is raised to just above it, so that one threshold selects in each block the weights that were eliminated first.
 
     Args:
         sigma: (m, B, B), Σ in each block; it is overwritten.
-        weights: (m, B), of the same type, zero where they are gone.
-        kept: (m, B) bool; those that are gone are eliminated first, at no cost.
+        weights: (m, B), of the same type, zero where removed.
+        kept: (m, B) bool; removed weights are eliminated first, at no cost.
 
     Returns:
-        (m, B): the costs, increasing in the order of the taking.
+        (m, B): the costs, increasing in the order of elimination.
 
     Raises:
-        CurvatureError: a pivot Σ_ii is not positive when its weight is taken.
+        CurvatureError: a pivot Σ_ii is not positive when its weight is eliminated.
 
     Reference: Frantar and Alistarh, 2022 (ExactOBS); Kuznedelev et al., 2023 (CAP).
     """
     count, block = weights.shape[1], torch.arange(len(weights), device=weights.device)
     costs, weights, kept = torch.zeros_like(weights), weights.clone(), kept.clone()
     sigma = sigma.contiguous()
-    place = torch.arange(count, device=weights.device).expand(len(weights), -1)  # where what is worked on came from
+    place = torch.arange(count, device=weights.device).expand(len(weights), -1)  # original position of each column
     left = torch.ones_like(kept)
     reached, no_bound = torch.zeros_like(weights[:, 0]), weights.new_tensor(torch.inf)
     smallest = torch.ones_like(reached)
@@ -50,20 +50,18 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
             if some_gone:
                 cost.masked_fill_(~kept, -1.0)
             least, i = cost.min(1)
-            reached = torch.maximum(
-                torch.nextafter(reached, no_bound), least / 2
-            )  # a later one never before an earlier
+            reached = torch.maximum(torch.nextafter(reached, no_bound), least / 2)  # costs increase strictly
             costs[block, place[block, i]] = reached
             row, known = sigma[block, i], factor[:, :k]
             if k:
                 row = torch.baddbmm(row[:, None], known[block, :, i][:, None], known, alpha=-1)[:, 0]
             pivot = row[block, i]
-            # NaN stays; where no cost is finite, what is taken already would be taken again
+            # NaN stays; where no cost is finite, the minimum is at a weight that is already eliminated
             smallest = torch.minimum(smallest, torch.where(least < torch.inf, pivot.minimum(diagonal[block, i]), -1.0))
             weights.addcmul_(row, (weights[block, i] / pivot)[:, None], value=-1)
             torch.mul(row, pivot.rsqrt()[:, None], out=factor[:, k])
             diagonal.addcmul_(factor[:, k], factor[:, k], value=-1)
-            weights[block, i] = torch.inf  # never the cheapest again
+            weights[block, i] = torch.inf  # not chosen again
             diagonal[block, i] = 1.0
             left[block, i] = kept[block, i] = True
             left[block, i] = False
@@ -72,7 +70,7 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
         if not remain:
             break
         if remain <= CROWDED * width:
-            rest = left.nonzero()[:, 1].view(len(left), -1)  # as many in each block
+            rest = left.nonzero()[:, 1].view(len(left), -1)  # the same number in each block
             factor = factor.gather(2, rest[:, None].expand(-1, panel, -1))
             sigma = _compressed(sigma, rest)
             weights, kept, left, place = (x.gather(1, rest) for x in (weights, kept, left, place))
@@ -81,10 +79,10 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
 
 
 def _compressed(blocks: Tensor, rest: Tensor) -> Tensor:
-    """Principal parts of blocks (m, B, B) at `rest` (m, b), b < B, in their own memory: fresh memory is slow."""
+    """Principal blocks at `rest` (m, b), b < B, of blocks (m, B, B), written over them: allocation is slow."""
     size = rest.shape[1]
     out = blocks.view(-1)[: len(rest) * size * size].view(len(rest), size, size)
-    for target, block, chosen in zip(out, blocks, rest, strict=True):  # behind what is still to be read
+    for target, block, chosen in zip(out, blocks, rest, strict=True):  # writes only what was read before
         target.copy_(block.index_select(0, chosen).index_select(1, chosen))
     return out
 

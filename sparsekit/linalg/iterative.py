@@ -11,21 +11,21 @@ from torch import Tensor
 
 from sparsekit.errors import CurvatureError
 
-#: Times its tolerance up to which the residual of a solve that stopped short of it is accepted.
+#: A solve that stopped early is accepted if its residual is at most SLACK times the tolerance.
 SLACK = 100
 
 
 @dataclass(frozen=True)
 class ConjugateGradients:
-    """How a solve went.
+    """The result of a solve.
 
     Attributes:
         solution: (n,).
-        iterations: products with A that were taken.
-        residual: ‖b − A x‖ / ‖b‖ in the preconditioner's norm, as the recursion carries it.
-        converged: whether `residual` fell to the tolerance.
+        iterations: number of products with A.
+        residual: ‖b − A x‖ / ‖b‖ in the preconditioner's norm, as the recursion computes it.
+        converged: whether `residual` reached the tolerance.
 
-    The residual is NaN where bᵀM⁻¹b is negative, of a preconditioner that is not positive definite.
+    The residual is NaN where bᵀM⁻¹b is negative: the preconditioner is then not positive definite.
     """
 
     solution: Tensor
@@ -36,7 +36,7 @@ class ConjugateGradients:
     def accepted(self, tolerance: float) -> ConjugateGradients:
         """This solve, if its residual is at most SLACK times the tolerance that was asked for.
 
-        In float32 rounding can use up the precision before the tolerance is met; such a solution is of use still.
+        In float32, rounding can end the progress before the tolerance is reached; such a solution is still useful.
 
         Raises:
             CurvatureError: the residual is larger, or not a number.
@@ -63,10 +63,10 @@ def conjugate_gradients(
 
     Stops when √(rᵀM⁻¹r) ≤ tolerance · √(bᵀM⁻¹b), with r = b − A x and the preconditioner M⁻¹; the norm of
     M⁻¹ rather than the plain one, because the scales of weights in a network differ by orders of magnitude. It
-    also stops after `max_iterations`, or where a direction's curvature is not positive; what came out is then
-    returned with `converged=False`, and nothing is raised: the caller decides. `LinearOperator.minimise` and
-    `Principal` ask `accepted` of the result, and so take a residual of up to SLACK = 100 times the tolerance.
-    ½xᵀAx − bᵀx falls at every iteration, so the result is never worse than `start`.
+    also stops after `max_iterations`, or where a direction's curvature is not positive; the result then has
+    `converged=False` and no error is raised: the caller decides. `LinearOperator.minimise` and `Principal` call
+    `accepted` on the result, so they accept a residual of up to SLACK = 100 times the tolerance. ½xᵀAx − bᵀx falls at
+    every iteration, so the result is never worse than `start`.
 
     Args:
         product: v ↦ A v on (n,).
@@ -74,7 +74,7 @@ def conjugate_gradients(
         preconditioner: v ↦ M⁻¹ v, symmetric positive definite.
         start: (n,), zero by default.
         tolerance: relative, see above.
-        max_iterations: at most so many products.
+        max_iterations: largest number of products.
 
     Reference: Hestenes and Stiefel, 1952; Saad, Iterative Methods for Sparse Linear Systems, algorithm 9.1.
     """
@@ -89,7 +89,7 @@ def conjugate_gradients(
     while float(rz) > threshold and iterations < max_iterations:
         image = product(direction)
         curvature = torch.dot(direction, image)
-        if not float(curvature) > 0:  # rounding has used up the precision, or A is not positive definite
+        if not float(curvature) > 0:  # the precision is exhausted, or A is not positive definite
             break
         step = rz / curvature
         x = x + step * direction

@@ -13,13 +13,13 @@ from sparsekit.linalg.operator import LinearOperator, padded
 #: A factor of each mode, (g, d_i, d_i), or None for the identity.
 Factors = Sequence[Tensor | None]
 
-#: Numbers in one temporary of `KroneckerDiagonal.blocks`.
+#: Largest number of entries in a temporary tensor of `KroneckerDiagonal.blocks`.
 _SLICE = 1 << 26
 
-#: Rows of a matrix that may meet in a principal block which is taken row by row; the work grows with their square.
+#: Principal blocks of at most so many rows are computed row by row; the work grows with the square of the rows.
 MOST_ROWS = 32
 
-#: Magnification of rounding up to which single precision leaves about three digits.
+#: Largest amplification of rounding errors at which float32 keeps about three digits.
 SINGLE_PRECISION_RANGE = 1e4
 
 
@@ -36,7 +36,7 @@ def kronecker_product(factors: Factors, X: Tensor, *, transposed: bool = False) 
         if U is None:
             continue
         before, d, after = prod(modes[:i]), modes[i], prod(modes[i + 1 :])
-        if groups == 1:  # one matrix for all, so that no copies of it are made
+        if groups == 1:  # a single matrix needs no batch dimension, for which torch would copy it
             matrix = U[0].mT if transposed else U[0]
             X = X.reshape(k * before, d) @ matrix.mT if after == 1 else matrix @ X.reshape(k * before, d, after)
         else:
@@ -47,16 +47,16 @@ def kronecker_product(factors: Factors, X: Tensor, *, transposed: bool = False) 
 
 
 class KroneckerDiagonal(LinearOperator):
-    """Σ = O (U_1 ⊗ … ⊗ U_m) diag(q) (U_1 ⊗ … ⊗ U_m)ᵀ O for each of g groups, on arrays (d_1, …, d_m) taken row by row.
+    """Σ = O (U_1 ⊗ … ⊗ U_m) diag(q) (U_1 ⊗ … ⊗ U_m)ᵀ O for each of g groups, on row-major arrays (d_1, …, d_m).
 
-    With two modes the eigenvectors of two Kronecker factors with their own eigenvalues (EKFAC; George et al., 2018)
-    where they are orthogonal and O = I; with q of rank one a plain Kronecker product.
+    With two modes, orthogonal factors and O = I this is EKFAC (George et al., 2018): the eigenvectors of two Kronecker
+    factors, with eigenvalues of their own. With q of rank one it is a plain Kronecker product.
 
     Args:
         factors: U_i (g, d_i, d_i), invertible, or None for the identity; one for each mode.
         q: (g, d_1, …, d_m) > 0.
         outer: diag O, (g, d_1, …, d_m) > 0; None for O = I.
-        orthogonal: promise that the factors are orthogonal, so that no inverse of them is taken.
+        orthogonal: whether the factors are orthogonal, which is not checked; they are then not inverted.
     """
 
     def __init__(self, factors: Factors, q: Tensor, *, outer: Tensor | None = None, orthogonal: bool) -> None:
@@ -95,7 +95,7 @@ class KroneckerDiagonal(LinearOperator):
         return self._diagonal(self._inverses, self.q.reciprocal(), outer)
 
     def marginal(self, mode: int) -> Tensor:
-        """H = Σ⁻¹ summed over the diagonal of all modes but one: (g, d, d), its partial trace.
+        """The partial trace of H = Σ⁻¹ over all modes but one, (g, d, d).
 
         Raises:
             ValueError: there is an outer diagonal, which couples the modes.
@@ -114,7 +114,7 @@ class KroneckerDiagonal(LinearOperator):
         return [self.size // len(self.q)] * len(self.q)
 
     def blocks(self, index: Tensor) -> Tensor:
-        """Principal blocks: inside a row by its spectrum, by rows where few of a matrix meet, else pair by pair."""
+        """Principal blocks: from its spectrum within one row, row by row for a few rows, else pair by pair."""
         return self._principal(self.factors, self.q, self.outer, index)
 
     def inverse_blocks(self, index: Tensor) -> Tensor:
@@ -123,10 +123,10 @@ class KroneckerDiagonal(LinearOperator):
         return self._principal(self._inverses, self.q.reciprocal(), outer, index)
 
     def conditioned_blocks(self, index: Tensor) -> Tensor:
-        """Of rows without an inversion: H_oo = V diag(h_o) Vᵀ, so that (H_oo)⁻¹ = V⁻ᵀ diag(1/h_o) V⁻¹.
+        """For whole rows without an inversion: H_oo = V diag(h_o) Vᵀ, so that (H_oo)⁻¹ = V⁻ᵀ diag(1/h_o) V⁻¹.
 
-        In the operator's type as long as Σ_ii H_ii, by which eliminating the others magnifies the rounding of Σ_ii, is
-        below SINGLE_PRECISION_RANGE.
+        Eliminating the others amplifies the rounding error of Σ_ii by Σ_ii H_ii. Where that is more than
+        SINGLE_PRECISION_RANGE, the result is computed in float64.
         """
         rows, width = index[:, 0] // self._width, self._width
         places = torch.arange(index.shape[1], device=index.device)
@@ -156,7 +156,7 @@ class KroneckerDiagonal(LinearOperator):
 
     @property
     def _width(self) -> int:
-        """Coordinates of a row, which is what the first mode counts."""
+        """The number of coordinates in a row, that is at one index of the first mode."""
         return prod(self.q.shape[2:])
 
     @staticmethod
@@ -204,7 +204,7 @@ class KroneckerDiagonal(LinearOperator):
             factors: U and V.
             q: of the same groups.
             index: (m, B).
-            ranks: (m, B), numbers from 0 for the rows that meet in each block.
+            ranks: (m, B), the rows numbered from 0 within each block.
         """
         groups, rows, columns = self.q.shape
         U, V = factors
@@ -228,7 +228,7 @@ class KroneckerDiagonal(LinearOperator):
         return out
 
     def _by_pairs(self, factors: Factors, q: Tensor, index: Tensor) -> Tensor:
-        """For each pair of coordinates one contraction of the group's q with rows of the factors."""
+        """Blocks entry by entry: each takes one contraction of the group's q with rows of the factors."""
         groups, *modes = self.q.shape
         within = prod(modes)
         group, place = index // within, torch.stack(torch.unravel_index(index % within, modes), -1)
@@ -258,7 +258,7 @@ def _between(factors: Factors, q: Tensor, group: int, left: Tensor, right: Tenso
 
 
 def _ranks(rows: Tensor) -> Tensor:
-    """(m, B) numbers -> the rank of each among the different ones beside it, from 0."""
+    """The rank, from 0, of each number in (m, B) among the distinct numbers of its row."""
     ordered, order = rows.sort(1)
     steps = torch.cat([torch.zeros_like(ordered[:, :1]), (ordered.diff(dim=1) > 0).to(ordered.dtype)], dim=1)
     return torch.empty_like(rows).scatter_(1, order, steps.cumsum(1))

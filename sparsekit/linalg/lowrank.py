@@ -1,4 +1,4 @@
-"""A damped Gram matrix known by its rows: H = γI + GᵀG/m, its inverse never formed."""
+"""The inverse of a damped Gram matrix H = γI + GᵀG/m from the rows G; neither matrix is formed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from sparsekit.errors import CurvatureError
 from sparsekit.linalg.operator import ConstrainedMinimum, Iteration, LinearOperator, missing_damping, padded
 
-#: Bytes of the columns of G that are worked on at a time, and brought to the device where G lies on the host.
+#: Bytes of columns of G that are processed at a time, and copied to the device where G is on the host.
 PAGE_BYTES = 1 << 25
 
-#: Rows of a triangular matrix that are worked on at a time, so that the half that is known is not computed.
+#: Rows of a triangular matrix that are processed at a time, so that its other half is not computed.
 TILE = 128
 
-#: Rows and columns of G that products with vectors copy at a time on a CPU, to stay in its cache.
+#: Rows and columns of G that products with vectors copy at a time on a CPU, so that the copy stays in its cache.
 CELL = 64, 4096
 
-#: Bound of λmax/γ up to which float32 squares of the rows lose no more than about three digits.
+#: Largest bound of λmax/γ at which float32 squares of the rows lose no more than about three digits.
 SINGLE_PRECISION_RANGE = 1e4
 
 
@@ -29,18 +29,20 @@ class DiagonalPlusLowRank(LinearOperator):
     """Σ = (γI + GᵀG/m)⁻¹ from the rows G (r, n), by Woodbury's identity.
 
     With the Cholesky factor of the r × r matrix K = γmI + GGᵀ = LLᵀ and V = L⁻¹G:
-    Σ = (I − VᵀV)/γ, which has the memory of G and the cost of two passes over it. V is not kept: pages of its
-    columns are made where they are needed. K and its factor are float64 always. What is made of G, with the bound
-    b = tr(GᵀG)/(mγ) of λmax/γ: GGᵀ, 1 − Σ V², products Σv and linear terms have differences of almost equal numbers
-    in them and lose a factor of b, so they are taken in float64 where that is too much for the rows' own type.
-    Products Hv and minima without a linear term lose √b in the norm of H, and are in float64 beyond b's square.
+    Σ = (I − VᵀV)/γ. It takes the memory of G, and a product takes two passes over G. V is not stored: pages of its
+    columns are computed where they are needed. K and its factor are always float64.
+
+    The type of the other results depends on b = tr(GᵀG)/(mγ), a bound of λmax/γ. GGᵀ, 1 − Σ V², products Σv and linear
+    terms contain differences of almost equal numbers and lose a factor of b in precision: they are in float64 where b
+    is at least SINGLE_PRECISION_RANGE. Products Hv and minima without a linear term lose √b in the norm of H: they are
+    in float64 where √b is.
 
     Args:
         rows: G (r, n), on the device or in host memory.
         damping: γ > 0.
-        count: m, what the Gram matrix is divided by; it may differ from r.
-        device: where vectors live; that of the rows by default.
-        kept: (n,) bool; the columns of the others are taken as zero, which decouples them.
+        count: m, the divisor of the Gram matrix; it may differ from r.
+        device: of the vectors; by default that of the rows.
+        kept: (n,) bool; the columns of the others count as zero, which decouples them.
 
     Raises:
         CurvatureError: K is not positive definite to working precision.
@@ -71,7 +73,7 @@ class DiagonalPlusLowRank(LinearOperator):
         device: torch.device | None = None,
         kept: Tensor | None = None,
     ) -> Self:
-        """The constructor, by a name that says what it takes: the parts of H = γI + GᵀG/m, not of Σ."""
+        """The constructor under a name that says that it takes the parts of H = γI + GᵀG/m, not of Σ."""
         return cls(rows, damping, count, device=device, kept=kept)
 
     # -- pages of columns ------------------------------------------------------------------------------------
@@ -92,17 +94,17 @@ class DiagonalPlusLowRank(LinearOperator):
 
     @cached_property
     def _spread(self) -> float:
-        """The bound of λmax/γ."""
+        """b, the bound of λmax/γ."""
         return float(self._squares.sum()) / (self.count * self.damping)
 
     @property
     def working(self) -> torch.dtype:
-        """The type that squares of the rows are taken in."""
+        """The dtype in which squares of the rows are computed."""
         return self.dtype if self._spread < SINGLE_PRECISION_RANGE else torch.float64
 
     @property
     def _of_products(self) -> torch.dtype:
-        """The type that products of the rows with vectors are taken in where nothing cancels."""
+        """The dtype in which products of the rows with vectors are computed where nothing cancels."""
         return self.dtype if self._spread < SINGLE_PRECISION_RANGE**2 else torch.float64
 
     @cached_property
@@ -120,7 +122,7 @@ class DiagonalPlusLowRank(LinearOperator):
         return out.tril_() + out.tril(-1).mT
 
     def _tiles(self) -> Iterator[tuple[slice, int]]:
-        """Rows of a lower triangular matrix of the rows' number, and how many of their columns are not zero."""
+        """Slices of the rows of a lower triangular (r, r) matrix, each with the number of columns that it fills."""
         for start in range(0, len(self.rows), TILE):
             end = min(start + TILE, len(self.rows))
             yield slice(start, end), end
@@ -137,13 +139,13 @@ class DiagonalPlusLowRank(LinearOperator):
         return factor
 
     def _cells(self, dtype: torch.dtype) -> Iterator[tuple[slice, Iterator[tuple[slice, Tensor]]]]:
-        """Pages of columns, and of each the parts of G, some rows at a time, in `dtype`; each is soon overwritten."""
+        """Pages of columns, each with its parts of G, some rows at a time, in `dtype`; the next overwrites the last."""
         if dtype == self.dtype and self.rows.device == self.device and self.kept is None:
             for where, columns in self._pages(dtype, 16 * self._page):
                 yield where, iter([(slice(0, len(columns)), columns)])
             return
         height, width = CELL if self.device.type == "cpu" else (len(self.rows), self._page)
-        buffer = torch.empty(height, min(width, self.size), dtype=dtype, device=self.device)  # fresh memory is slow
+        buffer = torch.empty(height, min(width, self.size), dtype=dtype, device=self.device)  # allocation is slow
 
         def cells(where: slice) -> Iterator[tuple[slice, Tensor]]:
             for start in range(0, len(self.rows), height):
@@ -157,7 +159,7 @@ class DiagonalPlusLowRank(LinearOperator):
             yield where, cells(where)
 
     def _project(self, X: Tensor, dtype: torch.dtype) -> Tensor:
-        """G X, (r, k), float64, taken in `dtype`."""
+        """G X, (r, k), float64, computed in `dtype`."""
         out = torch.zeros(len(self.rows), X.shape[1], dtype=torch.float64, device=self.device)
         for where, cells in self._cells(dtype):
             part = X[where].to(dtype)
@@ -166,7 +168,7 @@ class DiagonalPlusLowRank(LinearOperator):
         return out
 
     def _project_back(self, Y: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Gᵀ Y by pages, for Y (r, k), taken in `dtype`."""
+        """Gᵀ Y by pages, for Y (r, k), computed in `dtype`."""
         Y = Y.to(dtype)
         for where, cells in self._cells(dtype):
             out = Y.new_zeros(where.stop - where.start, Y.shape[1])
@@ -195,7 +197,7 @@ class DiagonalPlusLowRank(LinearOperator):
 
     @cached_property
     def _diagonal(self) -> Tensor:
-        """`diagonal()`, kept: as dear as the factor, and asked for at every cut by scores and compensation."""
+        """`diagonal()`, cached: it costs as much as the factor, and scores and compensation need it at every cut."""
         out = torch.empty(self.size, dtype=self.dtype, device=self.device)
         eye = torch.eye(len(self.rows), dtype=torch.float64, device=self.device)
         inverse = torch.linalg.solve_triangular(self._factor, eye, upper=False).to(self.working)
@@ -233,7 +235,7 @@ class DiagonalPlusLowRank(LinearOperator):
             yield columns.view(len(columns), *part.shape).movedim(0, 1)
 
     def conditioned(self, kept: Tensor) -> DiagonalPlusLowRank:
-        """Exact: the rows without the columns of what is fixed."""
+        """Exact: the same rows without the columns of fixed coordinates."""
         both = kept if self.kept is None else kept & self.kept
         return DiagonalPlusLowRank.of_precision(self.rows, self.damping, self.count, device=self.device, kept=both)
 
@@ -242,8 +244,8 @@ class DiagonalPlusLowRank(LinearOperator):
     ) -> ConstrainedMinimum:
         """In closed form, through the r × r matrix K_S = γmI + G_S G_Sᵀ of the free columns S.
 
-        x_S = −G_Sᵀ K_S⁻¹ G_C x_C, less H_SS⁻¹ c_S. In the first nothing cancels, whatever the damping. K_S is what is
-        left of K, or made anew, whichever takes the smaller Gram matrix.
+        x_S = −G_Sᵀ K_S⁻¹ G_C x_C − H_SS⁻¹ c_S. In the first term nothing cancels, whatever the damping. K_S is
+        computed from the free columns, or from K and the fixed columns, whichever are fewer.
         """
         if int(fixed.count_nonzero()) < self.size // 2:
             gram = self._factor @ self._factor.mT
@@ -256,7 +258,7 @@ class DiagonalPlusLowRank(LinearOperator):
         shift = torch.zeros_like(target, dtype=taken)  # c_S/γ
         if linear is not None:
             shift = torch.where(fixed, 0.0, linear.to(taken)) / self.damping
-        # H_SS⁻¹ (H_SC x_C + c_S), the two terms pushed through Woodbury's identity together
+        # H_SS⁻¹ (H_SC x_C + c_S), both terms by one application of Woodbury's identity
         inner = self._project((target - shift)[:, None], taken)
         out = torch.empty_like(target)
         for where, part in self._project_back(torch.cholesky_solve(inner, factor), taken):

@@ -1,4 +1,4 @@
-"""A precision matrix that is known by its products alone, with an operator that approximates its inverse."""
+"""A precision matrix given only by its products, with an operator that approximates its inverse."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sparsekit.linalg.operator import ConstrainedMinimum, Iteration, LinearOpera
 class MatrixFree(LinearOperator):
     """Σ = H⁻¹ for an H given by its products, solved by conjugate gradients with an approximation as preconditioner.
 
-    Diagonals and principal blocks are those of the approximation: nothing better is known without n products.
+    Diagonals and principal blocks are those of the approximation: exact ones would take n products.
 
     Args:
         product: v (n,) ↦ H v, symmetric positive definite.
         approximation: Σ̃ ≈ H⁻¹, of the vectors' size, type and device.
         tolerance: relative residual in the norm of Σ̃ at which a solve ends.
-        max_iterations: at most so many products for each solve. A constrained minimum that was not reached by then is
-            returned with its residual; it is never worse than that of the approximation.
+        max_iterations: largest number of products for each solve. A constrained minimum that has not converged by then
+            is returned with its residual; it is never worse than that of the approximation.
     """
 
     def __init__(

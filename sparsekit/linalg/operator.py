@@ -1,4 +1,4 @@
-"""The base of all operators: shapes checked once, and what follows from the products alone."""
+"""The base class of all operators: shape checks, and defaults that need only products."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sparsekit.linalg.iterative import ConjugateGradients, conjugate_gradients
 #: Smallest pivot, relative to the largest, below which a Cholesky factor is not trusted.
 RELATIVE_PIVOT = 1e-12
 
-#: Coordinates of the largest operator whose H is asked for column by column, each column a solve.
+#: Largest n for which blocks of H are computed column by column, one solve for each.
 MOST_COLUMNS = 20_000
 
 
 @dataclass(frozen=True)
 class ConstrainedMinimum:
-    """The minimiser of a quadratic with some coordinates fixed, and what it took.
+    """The minimiser of a quadratic with some coordinates fixed, and how it was found.
 
     Attributes:
         solution: (n,), exactly the given values on the fixed coordinates.
@@ -37,12 +37,12 @@ class ConstrainedMinimum:
 
 @dataclass(frozen=True)
 class Iteration:
-    """How an iterative solve is run.
+    """Parameters of an iterative solve.
 
     Attributes:
         start: (n,), a first guess for the free coordinates; None for the structure's own.
         tolerance: relative residual at which it ends.
-        max_iterations: at most.
+        max_iterations: largest number of iterations.
     """
 
     start: Tensor | None = None
@@ -53,8 +53,8 @@ class Iteration:
 class LinearOperator(ABC):
     """A symmetric positive definite operator Σ on Rⁿ that knows its inverse H = Σ⁻¹.
 
-    A structure writes four formulas - `_matmul`, `_solve`, `diagonal`, `inverse_diagonal` - and may override
-    what it can do exactly or cheaply: `conditioned`, `_minimise`, `blocks`, `inverse_blocks`, `conditioned_blocks`,
+    A structure implements four formulas, `_matmul`, `_solve`, `diagonal` and `inverse_diagonal`. It may override what
+    it computes exactly or cheaply: `conditioned`, `_minimise`, `blocks`, `inverse_blocks`, `conditioned_blocks`,
     `stretches`.
 
     Attributes:
@@ -64,7 +64,7 @@ class LinearOperator(ABC):
 
     #: True where H v is cheap; False where it is itself a solve (then constrained minima use Σ alone).
     has_direct_solve: bool = True
-    #: What `minimise` iterates with unless it is told otherwise.
+    #: Default parameters of an iterative `minimise`.
     _iteration: Iteration = Iteration()
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -72,7 +72,7 @@ class LinearOperator(ABC):
         self.dtype = dtype
         self.device = device
 
-    # -- what a structure writes -------------------------------------------------------------------------
+    # -- implemented by each structure -------------------------------------------------------------------
     @abstractmethod
     def _matmul(self, X: Tensor) -> Tensor:
         """Σ X for X (n, k)."""
@@ -89,7 +89,7 @@ class LinearOperator(ABC):
     def inverse_diagonal(self) -> Tensor:
         """Diag H, (n,)."""
 
-    # -- what follows ------------------------------------------------------------------------------------
+    # -- derived from these ------------------------------------------------------------------------------
     def __matmul__(self, X: Tensor) -> Tensor:
         """Σ X for X (n,) or (n, k)."""
         return self._matmul(X) if self._checked(X).dim() == 2 else self._matmul(X[:, None])[:, 0]
@@ -120,7 +120,7 @@ class LinearOperator(ABC):
     def blocks(self, index: Tensor) -> Tensor:
         """Principal blocks Σ_GG of groups of coordinates.
 
-        The default takes a product for every coordinate that is asked for: n²·|groups| work, so for small n.
+        The default takes one product for each requested coordinate: n²·|groups| work, for small n only.
 
         Args:
             index: (m, B) of coordinates; −1 pads short groups, whose surplus rows and columns are the identity's.
@@ -133,10 +133,10 @@ class LinearOperator(ABC):
     def inverse_blocks(self, index: Tensor) -> Tensor:
         """Principal blocks H_GG of groups of coordinates, as `blocks` gives those of Σ.
 
-        The default takes a solve for every coordinate that is asked for.
+        The default takes one solve for each requested coordinate.
 
         Raises:
-            CurvatureError: that would be for more than MOST_COLUMNS coordinates.
+            CurvatureError: the default is used, and n is larger than MOST_COLUMNS.
         """
         if self.size > MOST_COLUMNS:
             raise CurvatureError(
@@ -153,20 +153,20 @@ class LinearOperator(ABC):
             index: (m, B), padded as for `blocks`.
 
         Returns:
-            (m, B, B), a new tensor, float64 where the operator's type would not do.
+            (m, B, B), a new tensor, float64 where the operator's type is not precise enough.
 
         Raises:
             CurvatureError: a block is not positive definite to RELATIVE_PIVOT, or see `inverse_blocks`.
         """
         precision, surplus = self.inverse_blocks(index).double(), index < 0
-        if bool(surplus.any()):  # beside a precision of another scale the identity's pivots would look wrong
+        if bool(surplus.any()):  # ones on the diagonal would fail the pivot check beside a precision of another scale
             inside = precision.diagonal(dim1=1, dim2=2).masked_fill(surplus, 0.0)
             mean = inside.sum(1) / (~surplus).sum(1).clamp_min(1)
             precision.diagonal(dim1=1, dim2=2).copy_(torch.where(surplus, mean[:, None], inside))
         return padded(torch.cholesky_inverse(cholesky(precision)), index)
 
     def _columnwise(self, product: Callable[[Tensor], Tensor], index: Tensor) -> Tensor:
-        """Principal blocks of a matrix that is known by its products."""
+        """Principal blocks of a matrix that is given by its products."""
         out = []
         for group in index:
             columns = torch.zeros(self.size, len(group), dtype=self.dtype, device=self.device)
@@ -187,16 +187,16 @@ class LinearOperator(ABC):
     ) -> ConstrainedMinimum:
         """Minimise cᵀx + ½ xᵀH x subject to x_C = values_C.
 
-        Start, tolerance and iterations count only where the solve is iterative. A structure that can do better than
+        Start, tolerance and iterations are used by iterative solves only. A structure that has a better method than
         conjugate gradients overrides `_minimise`.
 
         Args:
             fixed: (n,) bool, C.
-            values: (n,); only the entries in C count.
+            values: (n,); only the entries in C are used.
             linear: c, (n,); zero by default.
             start: (n,), a first guess for the free coordinates.
-            tolerance: see `conjugate_gradients`; by default the operator's own, 1e-4 unless it says otherwise.
-            max_iterations: see `conjugate_gradients`; by default the operator's own, 1000 unless it says otherwise.
+            tolerance: see `conjugate_gradients`; the default is the operator's, usually 1e-4.
+            max_iterations: see `conjugate_gradients`; the default is the operator's, usually 1000.
 
         Raises:
             CurvatureError: the solve stopped with a residual of more than 100 times the tolerance.
@@ -212,17 +212,17 @@ class LinearOperator(ABC):
     def _minimise(
         self, fixed: Tensor, target: Tensor, linear: Tensor | None, iteration: Iteration
     ) -> ConstrainedMinimum:
-        """What `minimise` does for this structure; by default conjugate gradients on the smaller side.
+        """Implement `minimise` for this structure; by default by conjugate gradients on the smaller side.
 
         With S the free coordinates: H_SS x_S = −H_SC x_C − c_S (free side), or, with c = 0,
-        x = Σ_{:C} (Σ_CC)⁻¹ x_C (fixed side), preconditioned by Σ_SS and by diag Σ_CC. A start or a linear term asks
-        for the free side.
+        x = Σ_{:C} (Σ_CC)⁻¹ x_C (fixed side), preconditioned by Σ_SS and by diag Σ_CC. With a start or a linear term
+        the free side is used.
 
         Args:
             fixed: (n,) bool, C.
             target: (n,), of the operator's type; the values on C, zero elsewhere.
             linear: c, (n,), of any type, or None.
-            iteration: for solves that are iterative; exact ones have no use for it.
+            iteration: for iterative solves; exact ones ignore it.
         """
         if linear is not None:
             linear = linear.to(self.dtype)
@@ -242,8 +242,8 @@ class LinearOperator(ABC):
         report = conjugate_gradients(
             lambda v: free * self.solve(free * v),
             free * right,
-            # H_SS Σ_SS is the identity but for a part of rank |C|, with eigenvalues of at least one; with diag H
-            # instead, layers of little damping take up to ten times as many iterations.
+            # H_SS Σ_SS is the identity except for a part of rank |C| with eigenvalues of at least one. With diag H
+            # as preconditioner, layers with little damping take up to ten times as many iterations.
             preconditioner=lambda v: free * (self @ v),
             start=None if iteration.start is None else free * iteration.start,
             tolerance=iteration.tolerance,
@@ -282,9 +282,9 @@ def padded(blocks: Tensor, index: Tensor) -> Tensor:
 
 
 def missing_damping(matrices: Tensor, pivot: float) -> str:
-    """What to do about (m, B, B) whose Cholesky factors failed, for the end of an error's sentence.
+    """Advice for matrices (m, B, B) whose Cholesky factorisation failed: the end of an error message.
 
-    Twice (|λmin| + pivot · λmax), the largest over the matrices, on their diagonals makes the least pivot larger
+    Adding 2 (|λmin| + pivot · λmax), the largest over the matrices, to their diagonals makes the smallest pivot larger
     than `pivot` times the largest.
     """
     matrices = matrices.double()

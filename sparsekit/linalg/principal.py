@@ -1,4 +1,4 @@
-"""A principal part of Σ."""
+"""Σ restricted to the kept coordinates."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sparsekit.linalg.operator import LinearOperator
 class Principal(LinearOperator):
     """Σ_SS on the kept coordinates S and its own diagonal elsewhere, with no coupling between the two.
 
-    For an operator that was fitted to the inverse of the *surviving* block (H_SS)⁻¹: coordinates outside S
-    are gone. H is known by conjugate gradients only, so constrained minima use the products with Σ.
+    For an operator that was fitted to (H_SS)⁻¹, the inverse of the block of the *survivors*: coordinates outside S
+    are removed. A product with H takes conjugate gradients, so constrained minima use the products with Σ.
 
     Raises:
         CurvatureError: on `solve`, where conjugate gradients do not converge.
@@ -52,7 +52,7 @@ class Principal(LinearOperator):
     def inverse_diagonal(self) -> Tensor:
         """1/Σ_ii, (n,): not diag H but a lower bound of it, exact outside S; for preconditioners only.
 
-        H = Σ⁻¹ is known by its products alone, so that its diagonal would take a solve for each coordinate.
+        Diag H itself would take one solve for each coordinate.
         """
         return self._diagonal.reciprocal()
 

@@ -16,14 +16,15 @@ from sparsekit.linalg.operator import ConstrainedMinimum, Iteration, LinearOpera
 class RepeatedBlock(LinearOperator):
     """I_r ⊗ H_1 ⊕ … ⊕ I_r ⊗ H_g: the same precision for each of r rows, group after group.
 
-    What layer-wise least squares has: the rows of a weight matrix do not couple, and all have the inputs' second
-    moment as Hessian. With coordinates fixed every row has a system of its own; rows are then worked on in slices.
+    This is the structure of layer-wise least squares: the rows of a weight matrix do not couple, and the Hessian of
+    each is the second moment of the inputs. With coordinates fixed each row has a system of its own; rows are then
+    processed in slices.
 
     Args:
         precision: (g, B, B), the blocks of H.
-        repeats: r, rows of each.
+        repeats: r, the number of rows for each block.
         kept: (g·r·B,) bool; coordinates outside are decoupled, with the group's mean diagonal as their precision.
-        slice_bytes: bound of the memory of a slice of rows.
+        slice_bytes: largest memory of a slice of rows.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class RepeatedBlock(LinearOperator):
         super().__init__(groups * repeats * width, precision.dtype, precision.device)
         self.precision, self.repeats, self.kept = precision, repeats, kept
         self._shared = BlockDiagonal.of_precision(precision, [width] * groups) if kept is None else None
-        self._scale = precision.diagonal(dim1=1, dim2=2).mean(1)  # (g,), of what stands in for decoupled coordinates
+        self._scale = precision.diagonal(dim1=1, dim2=2).mean(1)  # (g,), the precision of decoupled coordinates
         self._bytes = slice_bytes
         self._slice = max(1, slice_bytes // (4 * width * width * precision.element_size()))
 
@@ -41,7 +42,7 @@ class RepeatedBlock(LinearOperator):
     def of_precision(
         cls, precision: Tensor, repeats: int, kept: Tensor | None = None, *, slice_bytes: int = 1 << 28
     ) -> Self:
-        """The constructor, by a name that says what it takes: blocks of H = Σ⁻¹, not of Σ."""
+        """The constructor under a name that says that it takes blocks of H = Σ⁻¹, not of Σ."""
         return cls(precision, repeats, kept, slice_bytes=slice_bytes)
 
     def _rows(self, kept: Tensor | None) -> Iterator[tuple[slice, BlockDiagonal]]:
@@ -98,7 +99,7 @@ class RepeatedBlock(LinearOperator):
         return [width] * (groups * self.repeats)
 
     def conditioned(self, kept: Tensor) -> RepeatedBlock:
-        """Exact, by one Cholesky factor of H_SS a row, when it is used."""
+        """Exact, by one Cholesky factor of H_SS for each row, computed at use."""
         both = kept if self.kept is None else kept & self.kept
         return RepeatedBlock.of_precision(self.precision, self.repeats, both, slice_bytes=self._bytes)
 

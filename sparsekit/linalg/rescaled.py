@@ -1,4 +1,4 @@
-"""An operator in other units."""
+"""An operator in rescaled coordinates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsekit.linalg.operator import ConstrainedMinimum, Iteration, LinearOpera
 
 
 class Rescaled(LinearOperator):
-    """Σ = S Σ₀ S with S = diag(s), s (n,) > 0: another operator in other units, exact where that one is."""
+    """Σ = S Σ₀ S with S = diag(s), s (n,) > 0: an operator Σ₀ in rescaled coordinates, exact where Σ₀ is."""
 
     def __init__(self, base: LinearOperator, s: Tensor) -> None:
         super().__init__(base.size, base.dtype, base.device)
@@ -31,7 +31,7 @@ class Rescaled(LinearOperator):
         return self.base.inverse_diagonal() / self.s.square()
 
     def conditioned(self, kept: Tensor) -> Rescaled:
-        """As the base's."""
+        """As Σ₀, rescaled."""
         return Rescaled(self.base.conditioned(kept), self.s)
 
     def stretches(self) -> Sequence[int]:
@@ -46,14 +46,14 @@ class Rescaled(LinearOperator):
         return padded(self.base.inverse_blocks(index) / s[:, :, None] / s[:, None, :], index)
 
     def conditioned_blocks(self, index: Tensor) -> Tensor:
-        """As the base's."""
+        """As Σ₀, rescaled."""
         s = self.s[index.clamp_min(0)]
         return padded(self.base.conditioned_blocks(index) * s[:, :, None] * s[:, None, :], index)
 
     def _minimise(
         self, fixed: Tensor, target: Tensor, linear: Tensor | None, iteration: Iteration
     ) -> ConstrainedMinimum:
-        """The base's, for x/s."""
+        """The minimum of Σ₀ for x/s, rescaled."""
         found = self.base.minimise(
             fixed,
             target / self.s,

@@ -1,1 +1,1 @@
-"""What plugins supply, as interfaces, and the built-in methods of each kind."""
+"""The interfaces that plugins implement, and the built-in methods of each kind."""

@@ -1,4 +1,4 @@
-"""The base of estimators that invert the Fisher on blocks, from rows or from statistics as the sizes ask."""
+"""The base of estimators that invert the Fisher on blocks, from gradient rows or from block statistics."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from sparsekit.removal import InverseFisher
 class BlockFisher(CurvatureEstimator[BlockFisherSettings]):
     """H_b = (1/m) Σ_j g_j g_jᵀ + γI on blocks of consecutive weights, inverted exactly.
 
-    Optimal Brain Surgeon on blocks (oBERT), WoodFisher and M-FAC all invert this matrix: by a rank-one recursion in
-    m steps as published, here by what the sizes ask for. Where B ≤ m the statistics Σ g gᵀ are kept and a batched
-    Cholesky factorisation in float64 inverts them, so that another damping, a mask or more gradients cost nothing
-    else. Where m < B the m rows are kept and Woodbury's identity inverts them in the memory of the rows, O(mP).
+    Optimal Brain Surgeon on blocks (oBERT), WoodFisher and M-FAC all invert this matrix, as published by a rank-one
+    recursion in m steps. Here the method depends on the sizes. Where B ≤ m the statistics Σ g gᵀ are kept and inverted
+    by a batched Cholesky factorisation in float64, so that another damping, a mask or more gradients need no new
+    statistics. Where m < B the m rows are kept and inverted by Woodbury's identity in the memory of the rows, O(mn).
 
     A plugin gives the class a name, and the settings their published defaults.
     """
@@ -43,7 +43,7 @@ class BlockFisher(CurvatureEstimator[BlockFisherSettings]):
         self._inverse: InverseFisher | None = None
 
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
-        """Take the objective's examples in, batch by batch."""
+        """Add the objective's examples, batch by batch."""
         settings, examples = self.settings, some(objective.count())
         if examples % settings.average:
             raise DataError(
@@ -63,11 +63,11 @@ class BlockFisher(CurvatureEstimator[BlockFisherSettings]):
         }
 
     def adopt(self, state: Mapping[str, Tensor]) -> bool:
-        """Where what is kept can be had at this damping."""
+        """See the base; False where the kept statistics do not suit this damping."""
         return self._kept.adoptable(state) and super().adopt(state)
 
     def inverse(self, damping: float | None = None) -> InverseFisher:
-        """Σ, from the rows or blocks taken in."""
+        """Σ, from the rows or blocks."""
         if not self._kept.known:
             raise CurvatureError("the estimator has seen no examples; call update first")
         gamma = self.resolve_damping(damping, self._kept.mean_diagonal)
@@ -87,17 +87,17 @@ class BlockFisher(CurvatureEstimator[BlockFisherSettings]):
         self._inverse = None
         if state:
             self._kept.mean_diagonal = float(state["mean_diagonal"])
-            self._device = state["mean_diagonal"].device  # beside the model always, as the rows may not be
+            self._device = state["mean_diagonal"].device  # always the model's device, unlike that of the rows
 
     def state_device(self, name: str, tensor: Tensor, device: torch.device) -> torch.device:
-        """Where what is kept says."""
+        """As the kept rows or blocks say."""
         return self._kept.state_device(name, tensor, device)
 
     @classmethod
     def memory(cls, space: ParameterSpace, settings: BlockFisherSettings) -> int:
-        """Rows and the factors of their Gram matrices; or statistics, precision, factor and inverse of the blocks.
+        """Bytes of rows and their Gram factors; or of statistics, precision, factor and inverse of the blocks.
 
-        Of a float32 model; in float64 rows take twice as much.
+        They are for a float32 model; in float64 rows take twice as much.
         """
         return cls._of_rows(space, settings) + cls._beside_rows(space, settings)
 

@@ -1,4 +1,4 @@
-"""What estimators on blocks of the Fisher are told."""
+"""The settings of estimators on blocks of the Fisher."""
 
 from __future__ import annotations
 
@@ -57,5 +57,5 @@ class BlockFisherSettings(EstimatorSettings):
         return self.store == "rows"
 
     def batch_bytes(self, weights: int) -> int:
-        """Of the rows of one batch while they are made; of a float32 model."""
+        """Bytes of the rows of one batch while they are computed, for a float32 model."""
         return weights * 4 * self.batch_size * (3 if self.average == 1 else 6)

@@ -1,4 +1,4 @@
-"""What a plugin must keep to, checked where it is registered and where its result is used; one sentence each."""
+"""Checks of plugins where they are registered and where their results are used; each error is one sentence."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sparsekit.removal import InverseFisher
 
 
 def checked(found: object, kind: str, base: type) -> str:
-    """The name of what a plugin offers as this kind.
+    """The name of an object that a plugin registers as this kind, after checking that it can be used.
 
     Raises:
-        PluginError: it could not be used; what is missing.
+        PluginError: it cannot be used; the message says what is missing.
     """
     if base is Preset:
         if not isinstance(found, base):
@@ -91,7 +91,7 @@ def _returned(found: object, component: CurvatureEstimator | Saliency, method: s
 
 
 def origin(found: type) -> str:
-    """Plugin and distribution of a class, or its module where it comes from no installed plugin."""
+    """Plugin and distribution of a class, or its module where it does not belong to an installed plugin."""
     package = found.__module__.partition(".")[0]
     for point in metadata.entry_points(group="sparsekit"):
         if point.module.partition(".")[0] == package and point.dist is not None:

@@ -1,4 +1,4 @@
-"""What a plugin supplies as curvature: an estimator of Σ."""
+"""The interface of curvature estimators, which estimate Σ."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparsekit.removal import InverseFisher
 
 
 class EstimatorSettings(Settings):
-    """What every curvature estimator can be told. An estimator adds its own and may change defaults."""
+    """The settings of every curvature estimator. An estimator adds its own and may change defaults."""
 
     damping: float = Field(0.1, gt=0, description="γ, added to the Fisher's diagonal; see damping_scale")
     damping_scale: Literal["absolute", "relative"] = Field(
@@ -44,14 +44,14 @@ class EstimatorSettings(Settings):
         return available
 
 
-#: The class of an estimator's settings; not checked where the estimator names none.
+#: The class of an estimator's settings; Any where the estimator names none.
 EstimatorSettingsT = TypeVar("EstimatorSettingsT", bound=EstimatorSettings, default=Any)
 
 
 class CurvatureEstimator(ABC, Generic[EstimatorSettingsT]):
-    """Estimates Σ ≈ (F + γI)⁻¹; it never touches weights, masks on the model, schedules, files or loggers.
+    """Estimates Σ ≈ (F + γI)⁻¹; it never changes weights, masks on the model, schedules, files or loggers.
 
-    An estimator with settings of its own may name them for type checkers, `CurvatureEstimator[OwnSettings]`.
+    An estimator with settings of its own may name them for type checkers: `CurvatureEstimator[OwnSettings]`.
     """
 
     name: ClassVar[str]
@@ -63,25 +63,25 @@ class CurvatureEstimator(ABC, Generic[EstimatorSettingsT]):
 
     @abstractmethod
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
-        """Assimilate the objective's examples at its present weights; return figures worth recording.
+        """Add the objective's examples at its present weights; return figures for the record.
 
-        Called again after each cut or fine-tuning: an estimator refines what it knows, or starts afresh where
-        its method says so. The objective's model is left as it was found.
+        Called again at each refresh: an estimator then refines its estimate, or starts afresh if its method does. The
+        objective's model must be left unchanged.
         """
 
     @abstractmethod
     def inverse(self, damping: float | None = None) -> InverseFisher:
-        """Σ from the statistics so far; another damping reuses them where the method allows."""
+        """Σ from the statistics so far; another damping reuses them where the method allows it."""
 
     def shrink(self, mask: Mask) -> None:  # noqa: B027 - following a cut is optional
-        """Follow a cut. By default nothing: removal conditions on removed weights exactly."""
+        """Adapt to a cut. By default nothing is done: removal conditions on removed weights exactly."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """All that `update` has left behind, as tensors, so that resume equals uninterrupted.
+        """The whole state after `update`, as tensors, so that a resumed run equals an uninterrupted one.
 
-        A large tensor given again as the same object is written again only where torch has counted a change: change
-        it by its own in-place operations, not through `.data` or numpy.
+        A large tensor that is the same object as in the last checkpoint is written again only if torch's version
+        counter has changed: change it by torch's in-place operations, not through `.data` or numpy.
         """
 
     @abstractmethod
@@ -89,25 +89,26 @@ class CurvatureEstimator(ABC, Generic[EstimatorSettingsT]):
         """The inverse of `state_dict`."""
 
     def state_device(self, name: str, tensor: Tensor, device: torch.device) -> torch.device:
-        """Where a tensor of the state lies while the model is on `device`; a resumed run puts it there.
+        """The device of a tensor of the state while the model is on `device`; a resumed run puts it there.
 
-        By default beside the model. A checkpoint holds everything on the host, and only the estimator knows what it
-        keeps there: rows that are paged in because the device is too small for them must not all be put on it.
+        By default the model's device. A checkpoint holds everything on the host, and only the estimator knows what
+        stays there: rows that are paged in because they do not fit on the device must not all be put on it.
         """
         return device
 
     @classmethod
     def statistics(cls, settings: EstimatorSettingsT) -> Mapping[str, object]:
-        """The settings that decide what a first `update` leaves behind: all but the damping.
+        """The settings that determine the state after a first `update`: all but the damping.
 
-        Estimators that agree in them, and saw the same examples at the same weights, may share it by `adopt`.
+        Estimators that agree in them, and see the same examples at the same weights, may share that state by `adopt`.
         """
         return settings.model_dump(mode="json", exclude={"damping", "damping_scale"})
 
     def adopt(self, state: Mapping[str, Tensor]) -> bool:
-        """Take over what the first `update` of another estimator with the same `statistics` has left behind.
+        """Take over the state after the first `update` of another estimator with the same `statistics`.
 
-        Afterwards this one is as after its own update. False, and unchanged, where that cannot be had at its damping.
+        Afterwards this estimator is as after its own update. It returns False, and is unchanged, where the state does
+        not suit its damping.
         """
         self.load_state_dict(state)
         return True
@@ -124,21 +125,21 @@ class CurvatureEstimator(ABC, Generic[EstimatorSettingsT]):
 
     @classmethod
     def unit(cls, settings: EstimatorSettingsT) -> Literal["loss", "other", "layer"]:
-        """What scores and predicted increases are in, given the settings.
+        """The unit of scores and predicted increases, given the settings.
 
-        The network's loss; something else that compares across layers; or each layer's own, which does not.
+        loss: the network's loss; other: another unit, comparable across layers; layer: each layer has its own.
         """
         return "loss"
 
-    #: Integer settings that memory grows with; a refusal names the values that would fit.
+    #: Integer settings that increase the memory; a refusal names the values that would fit.
     memory_settings: ClassVar[tuple[str, ...]] = ("batch_size",)
 
     @classmethod
     def check(cls, model: nn.Module, space: ParameterSpace, settings: EstimatorSettingsT, available: Memory) -> None:
-        """Refuse what cannot work before any gradient is taken.
+        """Refuse settings that cannot work before any gradient is computed.
 
         Args:
-            model: the network, perhaps untrained; its layers count, not its weights.
+            model: the network, perhaps untrained; only its layers are used, not its weights.
             space: its prunable weights.
             settings: the estimator's.
             available: bytes that can be allocated.
@@ -163,8 +164,8 @@ class CurvatureEstimator(ABC, Generic[EstimatorSettingsT]):
             available: bytes.
             settings: the estimator's; `memory_settings` names those that are varied.
             memory: settings -> bytes needed.
-            weights: how many are prunable, for the message and as the bound of settings that are not set.
-            where: what kind of memory it is, for the message.
+            weights: n, for the message and as the bound of settings that are not set.
+            where: the kind of memory, for the message.
 
         Raises:
             SettingsError: with the largest values that fit.
@@ -192,7 +193,7 @@ class CurvatureEstimator(ABC, Generic[EstimatorSettingsT]):
         """γ as a number in units of the Fisher; `mean_diagonal` is that of F without damping.
 
         Raises:
-            CurvatureError: it is not finite and above zero.
+            CurvatureError: γ is not a finite number above zero.
         """
         if damping is not None:
             if not 0 < damping < inf:
@@ -209,7 +210,7 @@ class CurvatureEstimator(ABC, Generic[EstimatorSettingsT]):
         return gamma
 
     def why_zero(self) -> str:
-        """What makes the diagonal vanish, and what to do."""
+        """Why the diagonal can be zero, and what to do, for the message."""
         return (
             "no prunable weight changes the loss of an example that is taken alone (dead units, a network that "
             "subtracts the mean of its batch, a loss that is flat); mend that, or set damping_scale='absolute'"

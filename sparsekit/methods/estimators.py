@@ -1,4 +1,4 @@
-"""The built-in curvature estimators: the identity and the diagonal; those on blocks of the Fisher have modules."""
+"""The built-in curvature estimators: identity and diagonal."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class IdentitySettings(EstimatorSettings):
 
 
 class Identity(CurvatureEstimator[EstimatorSettings]):
-    """F = I: every weight counts alike. OBS saliency on it is magnitude, compensation moves nothing."""
+    """F = I: every weight counts alike. OBS saliency with it is magnitude, and compensation moves nothing."""
 
     name: ClassVar[str] = "identity"
     Settings: ClassVar[type[EstimatorSettings]] = IdentitySettings
 
     @classmethod
     def unit(cls, settings: EstimatorSettings) -> Literal["loss", "other", "layer"]:
-        """Squared weights."""
+        """Other: squared weights."""
         return "other"
 
     def __init__(self, space: ParameterSpace, settings: EstimatorSettings) -> None:
@@ -56,7 +56,7 @@ class Identity(CurvatureEstimator[EstimatorSettings]):
         self._like: Tensor | None = None
 
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
-        """Nothing to learn; only the device and type of number are taken note of."""
+        """Store the device and dtype; there is nothing to estimate."""
         self._like = torch.empty(0, dtype=objective.dtype, device=objective.device)
         return {}
 
@@ -68,7 +68,7 @@ class Identity(CurvatureEstimator[EstimatorSettings]):
         return InverseFisher(Diagonal(self._like.new_full((self.space.size,), 1 / (1 + gamma))), gamma)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """One empty tensor that knows device and type, once there is one."""
+        """One empty tensor with the device and dtype, after an update."""
         return {} if self._like is None else {"like": self._like}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -77,7 +77,7 @@ class Identity(CurvatureEstimator[EstimatorSettings]):
 
     @classmethod
     def memory(cls, space: ParameterSpace, settings: EstimatorSettings) -> int:
-        """One vector."""
+        """Bytes of one vector."""
         return 4 * space.size
 
 
@@ -100,7 +100,7 @@ class DiagonalFisher(CurvatureEstimator[DiagonalFisherSettings]):
         self._diagonal: Tensor | None = None
 
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
-        """F_ii from the squares of gradient rows, mixed with what was known by `decay`."""
+        """F_ii from the squares of gradient rows, mixed with the previous estimate by `decay`."""
         total = torch.zeros(self.space.size, dtype=torch.float64, device=objective.device)
         for rows in gradient_rows(objective, self.settings.fisher, generator=generator):
             total += rows.square().sum(0)
@@ -117,7 +117,7 @@ class DiagonalFisher(CurvatureEstimator[DiagonalFisherSettings]):
         return InverseFisher(Diagonal((self._diagonal + gamma).reciprocal()), gamma)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The diagonal, once there is one."""
+        """The diagonal, after an update."""
         return {} if self._diagonal is None else {"diagonal": self._diagonal}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -126,5 +126,5 @@ class DiagonalFisher(CurvatureEstimator[DiagonalFisherSettings]):
 
     @classmethod
     def memory(cls, space: ParameterSpace, settings: DiagonalFisherSettings) -> int:
-        """The diagonal twice (float64 while accumulating), and one batch of rows."""
+        """Bytes of the diagonal twice (float64 while accumulating) and one batch of rows."""
         return space.size * (8 + 4 + 4 * settings.batch_size)

@@ -1,4 +1,4 @@
-"""What a plugin may supply, each in a module of its own: estimators, saliencies, schedules, patterns and tasks."""
+"""The interfaces that a plugin may implement: estimators, saliencies, schedules, patterns and tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparsekit.methods.settings import CompensationSettings, FinetuneSettings, P
 from sparsekit.methods.task import Split, Task, TaskSettings
 from sparsekit.problem.measurement import measure
 
-#: Raised whenever a change there would break plugins; part of every run's identity.
+#: Incremented with each change of an interface that breaks plugins; part of every run's identity.
 INTERFACE_VERSION = 1
 
 __all__ = [

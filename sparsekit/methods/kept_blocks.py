@@ -1,4 +1,4 @@
-"""The Fisher as its blocks: the memory of B vectors, inverted by a Cholesky factor of each."""
+"""The Fisher stored as its blocks: they take the memory of B vectors, and a Cholesky factor of each inverts it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class KeptBlocks:
         self.space, self.settings, self.sizes = space, settings, list(sizes)
         self.mean_diagonal = 0.0
         self.blocks: Tensor | None = None  # (m, B, B), F on the blocks
-        self._judged: Tensor | None = None  # what the precision of the blocks' products was chosen by
+        self._judged: Tensor | None = None  # figures that decide the dtype of the blocks' products
 
     def take(self, rows: Iterator[Tensor], count: int, objective: Objective) -> int:
-        """Take in the rows of `count` examples or averages of them, and say how many rows came."""
+        """Add the rows of `count` examples, or averages of them; return the number of rows."""
         first = next(rows)
         self._judged = self._judge(first)
         dtype = first.dtype if self._single(self._judged) else torch.float64
@@ -42,30 +42,30 @@ class KeptBlocks:
         return taken
 
     def _judge(self, rows: Tensor) -> Tensor:
-        """(largest tr F_b, mean of diag F) of some rows (b, n), and whether these are in float64."""
+        """(largest tr F_b, mean of diag F, whether in float64) of some rows (b, n), as a tensor."""
         squares, lengths = rows.double().square().mean(0), torch.tensor(self.sizes, device=rows.device)
         spread = float(torch.segment_reduce(squares, "sum", lengths=lengths).max())
         return torch.tensor([spread, float(squares.mean()), float(rows.dtype == torch.float64)], dtype=torch.float64)
 
     def _single(self, judged: Tensor) -> bool:
-        """Whether products of float32 do not lose too much at this damping, as far as some rows tell."""
+        """Whether products in float32 are precise enough at this damping, judged by some rows."""
         spread, mean, double = judged.tolist()
         scale = mean if self.settings.damping_scale == "relative" else 1.0
         return not double and spread < SINGLE_PRECISION_RANGE * self.settings.damping * scale
 
     @property
     def known(self) -> bool:
-        """Whether there are blocks."""
+        """Whether there has been an update."""
         return self.blocks is not None
 
     def operator(self, gamma: float, device: torch.device | None) -> LinearOperator:
-        """Σ, beside the blocks."""
+        """Σ, on the device of the blocks."""
         assert self.blocks is not None
         eye = torch.eye(self.blocks.shape[1], dtype=self.blocks.dtype, device=self.blocks.device)
         return BlockDiagonal.of_precision(self.blocks + gamma * eye, self.sizes)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The blocks and what their precision was chosen by, once there are any."""
+        """The blocks and the figures that decided their dtype, after an update."""
         if self.blocks is None or self._judged is None:
             return {} if self.blocks is None else {"blocks": self.blocks}
         single = self._judged.new_tensor([self._single(self._judged)])
@@ -77,9 +77,9 @@ class KeptBlocks:
         self._judged = state["judged"][:-1].cpu() if "judged" in state else None
 
     def adoptable(self, state: Mapping[str, Tensor]) -> bool:
-        """Not where the products behind the blocks were of another precision than this damping asks for.
+        """Whether the products behind the blocks are in the dtype that this damping needs.
 
-        Too much of it would do no harm, but then a run's last digits would depend on which runs were beside it.
+        A more precise dtype would do no harm, but then a run's last digits would depend on the runs before it.
         """
         if "blocks" not in state:
             return True
@@ -87,10 +87,10 @@ class KeptBlocks:
         return bool(single) == self._single(torch.stack(judged))
 
     def state_device(self, name: str, tensor: Tensor, device: torch.device) -> torch.device:
-        """All beside the model, but what is read on the host."""
+        """The model's device, except for the figures that are read on the host."""
         return torch.device("cpu") if name == "judged" else device
 
     @staticmethod
     def bytes(space: ParameterSpace, settings: BlockFisherSettings, sizes: Sequence[int]) -> int:
-        """Of statistics, precision, factor and inverse of the blocks, and a batch."""
+        """Bytes of statistics, precision, factor and inverse of the blocks, and of a batch."""
         return len(sizes) * max(sizes) ** 2 * 8 * 7 + settings.batch_bytes(space.size)

@@ -1,4 +1,4 @@
-"""The Fisher as its gradient rows: the memory of m vectors, inverted by Woodbury's identity."""
+"""The Fisher stored as its gradient rows: they take the memory of m vectors, and Woodbury's identity inverts it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsekit.problem.parameters import ParameterSpace
 
 
 class KeptRows:
-    """All m rows, from which Σ comes where m is less than the length of a block.
+    """All m rows, from which Σ is computed where m is less than the length of a block.
 
     Attributes:
         mean_diagonal: of F.
@@ -27,8 +27,8 @@ class KeptRows:
         self.rows: Tensor | None = None  # (m, n)
 
     def take(self, rows: Iterator[Tensor], count: int, objective: Objective) -> int:
-        """Keep `count` rows, and say how many came."""
-        self.rows = None  # freed before as much again is allocated
+        """Keep `count` rows; return the number of rows."""
+        self.rows = None  # freed before the same amount is allocated
         where = self.place(objective.device, count, objective.dtype)
         kept = torch.empty(count, self.space.size, dtype=objective.dtype, device=where)
         done, squares = 0, 0.0
@@ -40,7 +40,7 @@ class KeptRows:
         return done
 
     def place(self, device: torch.device, count: int, dtype: torch.dtype) -> torch.device:
-        """Where rows lie while the model is on `device`."""
+        """The device of the rows while the model is on `device`."""
         where = self.settings.rows_on
         if where == "auto" and device.type == "cuda":
             needed = count * self.space.size * dtype.itemsize + self.beside(self.space, self.settings, self.sizes)
@@ -49,7 +49,7 @@ class KeptRows:
 
     @property
     def known(self) -> bool:
-        """Whether there are rows."""
+        """Whether there has been an update."""
         return self.rows is not None
 
     def operator(self, gamma: float, device: torch.device | None) -> LinearOperator:
@@ -62,7 +62,7 @@ class KeptRows:
         return parts[0] if len(parts) == 1 else DirectSum(parts)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The rows, once there are any."""
+        """The rows, after an update."""
         return {} if self.rows is None else {"rows": self.rows}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -70,23 +70,23 @@ class KeptRows:
         self.rows = state.get("rows")
 
     def adoptable(self, state: Mapping[str, Tensor]) -> bool:
-        """Always: rows know of no damping."""
+        """True: rows do not depend on the damping."""
         return True
 
     def state_device(self, name: str, tensor: Tensor, device: torch.device) -> torch.device:
-        """Rows go where `rows_on` says, the rest beside the model."""
+        """The device that `rows_on` names for the rows, the model's for the rest."""
         return self.place(device, len(tensor), tensor.dtype) if name == "rows" else device
 
     @staticmethod
     def bytes(space: ParameterSpace, settings: BlockFisherSettings) -> int:
-        """Of the rows; of a float32 model."""
+        """Bytes of the rows, for a float32 model."""
         return 4 * settings.rows * space.size
 
     @staticmethod
     def beside(space: ParameterSpace, settings: BlockFisherSettings, sizes: Sequence[int]) -> int:
         """Bytes beside the rows: Gram matrices, pages of columns, a batch, vectors."""
         m = settings.rows
-        # factors of a cut and of the one before it, what a factor is made of; pages of columns in float64, and
-        # without those that are gone; vectors
+        # the factors of this cut and of the previous one, and their Gram matrices; pages of columns in float64, also
+        # without the removed ones; vectors
         factors, pages = (2 * len(sizes) + 4) * m * m * 8, 4 * min(PAGE_BYTES, 8 * m * max(sizes))
         return factors + pages + settings.batch_bytes(space.size) + 8 * 16 * space.size

@@ -1,4 +1,4 @@
-"""What a plugin supplies as a pattern: which weights may be removed together."""
+"""The interface of patterns: which weights may be removed together."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sparsekit.problem.parameters import Mask, ParameterSpace
 
 @dataclass(frozen=True)
 class Units:
-    """Groups of weights that a pattern decides on together.
+    """Groups of weights that a pattern removes or keeps together.
 
     Attributes:
         index: (m, B), coordinates of the groups; no weight is in two of them.
-        removed: how many of each group go once the pattern is complete.
+        removed: number of weights removed from each group once the pattern is complete.
     """
 
     index: Tensor
@@ -29,7 +29,7 @@ class Pattern(ABC, Generic[SettingsT]):
     """Which sets of weights may be removed together."""
 
     name: ClassVar[str]
-    #: Whether scores of different tensors are compared; where they are not, any scale within a tensor will do.
+    #: Whether scores of different tensors are compared; where not, the scores of a tensor may have any scale.
     across_layers: ClassVar[bool] = True
     Settings: ClassVar[type[Settings]] = Settings
 
@@ -38,19 +38,19 @@ class Pattern(ABC, Generic[SettingsT]):
 
     @abstractmethod
     def count(self, space: ParameterSpace, sparsity: float) -> int:
-        """How many weights are removed in all at this sparsity, exactly.
+        """The exact number of weights that are removed in all at this sparsity.
 
         Raises:
             SettingsError: the pattern cannot reach the sparsity.
         """
 
     def units(self, space: ParameterSpace) -> Units | None:
-        """The groups that are decided on together; by default None, weights go one by one."""
+        """The groups of the pattern; by default None: weights are removed one by one."""
         return None
 
     @classmethod
     def has_groups(cls) -> bool:
-        """Whether it decides on groups."""
+        """Whether the pattern has groups."""
         return cls.units is not Pattern.units
 
     @abstractmethod

@@ -19,7 +19,7 @@ from sparsekit.problem.parameters import Mask, ParameterInfo, ParameterSpace
 class FloorSettings(Settings):
     """Settings of the patterns that could remove all weights of a tensor."""
 
-    # At 0.2 a small last layer keeps what it needs, and at up to 95 % ordinary cuts mostly stay above by themselves.
+    # At 0.2 a small last layer keeps enough weights, and up to 95 % sparsity ordinary cuts rarely reach the floor.
     floor: float = Field(
         0.2,
         ge=0,
@@ -32,7 +32,7 @@ class Unstructured(Pattern):
     """Any weights of the whole space, by one global threshold, but no tensor falls below its floor.
 
     The floor is relative to an even cut: at sparsity s a tensor of n_l weights keeps `floor` · (1 − s) · n_l of them,
-    rounded up, those with the highest scores. So it contradicts no sparsity. What earlier cuts took stays gone.
+    rounded up, those with the highest scores. So every sparsity can be reached. Weights from earlier cuts stay removed.
     """
 
     name: ClassVar[str] = "unstructured"
@@ -52,7 +52,7 @@ class Unstructured(Pattern):
 class Uniform(Pattern):
     """The same fraction of every tensor, by a threshold for each.
 
-    The floor, see `unstructured`, says no more than that tensors of a few weights keep one of them.
+    The floor, see `unstructured`, has one effect only: tensors of a few weights keep one of them.
     """
 
     name: ClassVar[str] = "uniform"
@@ -66,7 +66,7 @@ class Uniform(Pattern):
     def choose(self, scores: Tensor, mask: Mask, count: int, space: ParameterSpace) -> Tensor:
         """The lowest scores of each tensor, shares rounded by largest remainder to `count` in all.
 
-        A tensor that is past its share gives nothing back, and the others have so much less to lose.
+        Where more than its share of a tensor is removed already, the others lose fewer.
         """
         sizes = {info: info.size for info in space.parameters}
         least = floors(list(sizes.values()), space.size - count, _floor(self.settings))
@@ -82,15 +82,15 @@ def _lowest_of_each(
     sizes: Mapping[ParameterInfo, int],
     most: Mapping[ParameterInfo, int],
 ) -> Tensor:
-    """The lowest eligible scores of each tensor, so that `count` weights are gone in all, in proportion to `sizes`.
+    """The lowest eligible scores of each tensor, so that `count` weights are removed in all, in proportion to `sizes`.
 
-    Where a share is more than the `most` that may be gone of a tensor, those with the most to give take the rest.
+    Where a share is more than the `most` that may be removed from a tensor, the tensors with most room take the rest.
     """
     removed = {info: int(mask.removed[info.slice].count_nonzero()) for info in sizes}
     shares = dict(removed)
     below = [info for info in sizes if sizes[info]]
     while below:
-        # Rounding may give a tensor less of a larger count, so that what is gone may exceed its share.
+        # By rounding, a tensor's share of a larger count may be smaller than the number removed before.
         left = count - sum(removed.values()) + sum(removed[info] for info in below)
         parts = dict(zip(below, _proportional(left, [sizes[info] for info in below]), strict=True))
         past = [info for info in below if parts[info] < removed[info]]
@@ -101,7 +101,7 @@ def _lowest_of_each(
     room = {info: max(most[info], removed[info]) - share for info, share in shares.items()}
     over = -sum(min(0, left) for left in room.values())
     for info in sorted(room, key=lambda info: -room[info]):
-        more = min(over, room[info])  # below zero: what is over here
+        more = min(over, room[info])  # below zero: the excess of this tensor
         shares[info] += more
         over -= max(0, more)
     chosen = torch.zeros_like(mask.kept)
@@ -117,7 +117,7 @@ def _proportional(count: int, sizes: Sequence[int]) -> list[int]:
     return [w + (i in first) for i, w in enumerate(whole)]
 
 
-#: What `axis` says.
+#: Description of the setting `axis`.
 ALONG = "inputs: groups run along the input channels of an output; memory: along the tensor as it is stored"
 
 
@@ -138,15 +138,16 @@ class NMSettings(Settings):
 class NM(Pattern):
     """At most N weights stay in each group of M consecutive inputs of an output; short groups stay whole.
 
-    Groups run along the dimension that a product sums over, which is what kernels for 2:4 need (sparse tensor cores,
-    cuSPARSELt and torch's SparseSemiStructuredTensor: along `in` of a linear layer's (out, in), with `in` a multiple of
-    what the kernel asks for). Of a convolution it is M input channels at one place of the kernel, as it becomes a
-    product over (place, channel), channels last; one with fewer than M input channels a group has none. For other
-    layers see `sparsekit.problem.groups.inputs_of_outputs`. `axis=memory` takes neighbours in memory instead, of a
-    convolution across places of the kernel, as published results mostly do; no kernel profits from it but for 1 × 1.
+    Groups run along the dimension that a product sums over, as kernels for 2:4 need (sparse tensor cores, cuSPARSELt
+    and torch's SparseSemiStructuredTensor: along `in` of a linear layer's (out, in), where `in` is a multiple that the
+    kernel asks for). In a convolution a group is M input channels at one place of the kernel, because kernels compute
+    it as a product over (place, channel), channels last; a convolution with fewer than M input channels in each of its
+    groups has none. For other layers see `sparsekit.problem.groups.inputs_of_outputs`. `axis=memory` takes neighbours
+    in memory instead, in a convolution across places of the kernel, as in most published results; kernels can use that
+    for 1 × 1 convolutions only.
 
-    On the way to the full pattern the lowest of the weights that may go are taken first, from each tensor in
-    proportion to how many may: scores are compared within a tensor only, all the way.
+    Before the pattern is complete, the lowest of the weights that may be removed are removed first, from each tensor in
+    proportion to their number: scores are compared within a tensor only, at every step.
     """
 
     name: ClassVar[str] = "n:m"
@@ -154,7 +155,7 @@ class NM(Pattern):
     Settings: ClassVar[type[Settings]] = NMSettings
 
     def units(self, space: ParameterSpace) -> Units:
-        """M consecutive inputs of an output; M − N of them go."""
+        """M consecutive inputs of an output; M − N of them are removed."""
         return Units(groups_of(space, self.settings.m, self.settings.axis), self.settings.m - self.settings.n)
 
     def count(self, space: ParameterSpace, sparsity: float) -> int:
@@ -178,10 +179,10 @@ class NM(Pattern):
         return min(wanted, most)
 
     def choose(self, scores: Tensor, mask: Mask, count: int, space: ParameterSpace) -> Tensor:
-        """In each group the M − N lowest may go; of these, the lowest of each tensor do, `count` in all."""
+        """In each group the M − N lowest may be removed; of these, the lowest of each tensor are, `count` in all."""
         units = self.units(space)
         index = units.index.to(scores.device)
-        ranked = torch.where(mask.kept, scores.double(), -torch.inf)  # what is gone stays gone
+        ranked = torch.where(mask.kept, scores.double(), -torch.inf)  # removed weights stay removed
         order = ranked[index].argsort(dim=1, stable=True)[:, : units.removed]
         may_go = torch.zeros_like(mask.kept)
         may_go[index.gather(1, order)] = True
@@ -197,7 +198,7 @@ class BlockSettings(FloorSettings):
 
 
 class Block(Pattern):
-    """Whole blocks of consecutive inputs of an output go or stay; short blocks stay.
+    """Whole blocks of consecutive inputs of an output are removed or kept; short blocks are kept.
 
     A block's score is the sum of its weights' scores. Blocks run along the input channels of an output at one place of
     the kernel, or as `axis` says, see `n:m`. Floors, see `unstructured`, are counted in whole blocks.
@@ -207,7 +208,7 @@ class Block(Pattern):
     Settings: ClassVar[type[Settings]] = BlockSettings
 
     def units(self, space: ParameterSpace) -> Units:
-        """`size` consecutive inputs of an output; all of them go."""
+        """`size` consecutive inputs of an output; all of them are removed."""
         return Units(groups_of(space, self.settings.size, self.settings.axis), self.settings.size)
 
     def count(self, space: ParameterSpace, sparsity: float) -> int:
@@ -232,9 +233,9 @@ class Block(Pattern):
 
 
 def floors(sizes: Sequence[int], left: int, fraction: float) -> list[int]:
-    """How many of each tensor stay at least where `left` of all do: a fraction of its even share, rounded up.
+    """The least number to keep of each tensor where `left` are kept in all: a fraction of an even share, rounded up.
 
-    Rounded down where `left` are too few for that, so that they never are more than `left` in all.
+    They are rounded down where their sum would otherwise exceed `left`.
     """
     even = [fraction * left * size / max(sum(sizes), 1) for size in sizes]
     up = [ceil(share) for share in even]
@@ -242,7 +243,7 @@ def floors(sizes: Sequence[int], left: int, fraction: float) -> list[int]:
 
 
 def lowest_above(scores: Tensor, kept: Tensor, count: int, sizes: Sequence[int], least: Sequence[int]) -> Tensor:
-    """`lowest`, but of consecutive stretches of `sizes` entries no fewer than `least` stay; one below it loses none."""
+    """As `lowest`, but at least `least` entries stay of consecutive stretches of `sizes`; one with fewer loses none."""
     chosen = lowest(scores, kept, count)
     lost, before = ([int(part.count_nonzero()) for part in x.split(list(sizes))] for x in (chosen, kept))
     if not any(gone and had - gone < stay for gone, had, stay in zip(lost, before, least, strict=True)):
@@ -253,7 +254,7 @@ def lowest_above(scores: Tensor, kept: Tensor, count: int, sizes: Sequence[int],
 
 
 def _floor(settings: Settings | None) -> float:
-    """None where a pattern is made without settings, or with those of a class of its own."""
+    """The floor; 0 for a pattern without settings, or with settings that have none."""
     return float(getattr(settings, "floor", 0.0))
 
 

@@ -1,19 +1,19 @@
-"""What settings may hold at all, whatever their models say: text that can be written, numbers that are numbers."""
+"""Values that every settings model accepts: text that can be written to a file, and proper numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args, get_origin
 
-#: Whole numbers have at most 63 bits, as torch's have.
+#: Integers have at most 63 bits, as in torch.
 LARGEST = 2**63 - 1
 
 
 def as_number(annotation: object, given: object) -> object:
-    """`given`, unless the annotation asks for numbers and true, false or an integer of more than 63 bits is given.
+    """`given`, after checking it where the annotation asks for numbers.
 
     Raises:
-        ValueError: such a value, alone or in a sequence.
+        ValueError: it is true, false or an integer of more than 63 bits, or a sequence that contains one.
     """
     kinds = _kinds(annotation)
     if not kinds & {int, float} or bool in kinds:
@@ -27,7 +27,7 @@ def as_number(annotation: object, given: object) -> object:
 
 
 def _kinds(annotation: object) -> set[object]:
-    """The plain types that an annotation is made of."""
+    """The plain types in an annotation."""
     if get_origin(annotation) is Literal:
         return set()
     parts = get_args(annotation)
@@ -35,7 +35,7 @@ def _kinds(annotation: object) -> set[object]:
 
 
 def unwritable(given: object) -> str | None:
-    """The first text, among keys and values, that no file name and no file of ours could hold; None: all can."""
+    """The first text, among keys and values, that cannot be in a file or its name; None if there is none."""
     if isinstance(given, str):
         return given if "\0" in given or any("\ud800" <= c <= "\udfff" for c in given) else None
     if isinstance(given, Mapping):
@@ -45,7 +45,7 @@ def unwritable(given: object) -> str | None:
 
 
 def shown(given: object, most: int = 200) -> str:
-    """As it is written in Python, for messages; its middle is left out where it is long."""
+    """The value's repr for messages; the middle of a long one is left out."""
     try:
         text = repr(given)
     except ValueError:  # Python writes no integer of thousands of digits

@@ -1,4 +1,4 @@
-"""The built-in saliencies: the weights with the lowest scores go first."""
+"""The built-in saliencies; the weights with the lowest scores are removed first."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sparsekit.linalg import eliminate
 from sparsekit.methods.interfaces import Saliency, ScoreContext, Settings
 from sparsekit.problem.parameters import ParameterSpace
 
-#: Blocks of float64 that are alive at a time for each row whose weights `obs-rows` eliminates.
+#: Float64 blocks in memory at a time for each row whose weights `obs-rows` eliminates.
 COPIES = 4
 
 
 class Magnitude(Saliency):
-    """θ²: what is small goes."""
+    """w²: small weights are removed first."""
 
     name: ClassVar[str] = "magnitude"
 
@@ -29,7 +29,7 @@ class Magnitude(Saliency):
 
 
 class Random(Saliency):
-    """Uniform scores: the floor that any method must beat."""
+    """Uniform scores, the baseline that every method must beat."""
 
     name: ClassVar[str] = "random"
 
@@ -65,15 +65,15 @@ class RowSettings(Settings):
 
 
 class RowSurgeon(Saliency):
-    """What each weight costs when greedy Optimal Brain Surgeon takes it, within its row, the rest of the network held.
+    """The cost of each weight in greedy Optimal Brain Surgeon within its row, the rest of the network fixed.
 
-    A row is what one output of a layer reads: the weights that share a tensor's first index. On its own block H_oo of
-    the precision: remove the weight of least w_i²/(2[(H_SS)⁻¹]_ii), S those of the row that are left; move the others;
-    and so on to the last (see `linalg.eliminate`). Rows then compete by marginal costs over the whole network.
+    A row is the weights of one output of a layer: those that share a tensor's first index. On the row's block H_oo of
+    the precision, remove the weight of least w_i²/(2[(H_SS)⁻¹]_ii), S the weights of the row that are left; move the
+    others; repeat to the last (see `linalg.eliminate`). Rows then compete by marginal costs over the whole network.
 
-    `obs` and `obs-greedy` ask what a removal costs while all else may move. Where inputs are correlated nearly every
-    weight is free by that measure, and many at once are not. What really moves after a cut is the rest of a row:
-    compensation within layers and reconstruction fit each output's survivors.
+    `obs` and `obs-greedy` score a removal while all other weights may move. Where inputs are correlated, nearly every
+    single weight then costs nothing, but many at once do. What moves after a cut is the rest of a row: compensation
+    within layers and reconstruction fit each output's survivors.
 
     Reference: Frantar and Alistarh, 2022 (ExactOBS), whose H is that of a layer's least squares.
     """
@@ -82,7 +82,7 @@ class RowSurgeon(Saliency):
     Settings: ClassVar[type[Settings]] = RowSettings
 
     def score(self, context: ScoreContext) -> Tensor:
-        """(n,) marginal costs in units of the loss, float64 so that the order of equals is kept; zero where gone."""
+        """(n,) marginal costs in units of the loss, float64 to keep the order of near-equals; zero where removed."""
         operator, weights = context.inverse.operator, context.weights.double()
         scores = torch.zeros_like(weights)
         for index in self._slices(context.space, operator.stretches(), context.mask.kept):
@@ -93,17 +93,17 @@ class RowSurgeon(Saliency):
         return scores
 
     def _slices(self, space: ParameterSpace, stretches: Sequence[int], kept: Tensor) -> Iterator[Tensor]:
-        """Kept coordinates of pieces of rows that H couples, with −1 behind short ones: (m, B) that fit the memory."""
+        """Kept coordinates of pieces of rows that H couples, as (m, B) that fit the memory; −1 pads short pieces."""
         device = kept.device
-        begins = torch.zeros(space.size, dtype=torch.bool, device=device)  # a piece
+        begins = torch.zeros(space.size, dtype=torch.bool, device=device)  # whether a piece begins here
         begins[torch.tensor([0, *stretches[:-1]], device=device).cumsum(0)] = True
         for info in space.parameters:
             begins[info.slice].view(info.shape[0], -1)[:, :: self.settings.longest] = True
         for info in space.parameters:
             starts, coordinates = (x[info.slice].nonzero()[:, 0] + info.start for x in (begins, kept))
-            first = torch.searchsorted(coordinates, starts)  # of each piece among the coordinates that are kept
+            first = torch.searchsorted(coordinates, starts)  # position of each piece among the kept coordinates
             counts = torch.diff(first, append=first.new_tensor([len(coordinates)]))
-            order = counts.argsort(stable=True)  # pieces of like length beside one another
+            order = counts.argsort(stable=True)  # pieces of similar length next to one another
             lengths = counts[order].tolist()
             done = bisect_right(lengths, 0)
             while done < len(lengths):
@@ -115,6 +115,6 @@ class RowSurgeon(Saliency):
                 done = end
 
     def _too_many(self, lengths: Sequence[int], start: int) -> Callable[[int], bool]:
-        """Whether the pieces from `start` to an end need more than the memory of a slice, all as long as the last."""
+        """Whether the pieces from `start` to a given end, padded to the last's length, exceed the memory of a slice."""
         most = (self.settings.slice_mebibytes << 20) // (8 * COPIES)
         return lambda end: (end - start) * lengths[end - 1] ** 2 > most

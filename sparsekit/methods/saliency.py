@@ -1,4 +1,4 @@
-"""What a plugin supplies as a saliency: scores, and what they may be made from."""
+"""The interface of saliencies: scores, and the inputs that they may be computed from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsekit.removal import InverseFisher
 
 
 class ScoreContext(ABC):
-    """What a saliency may ask for; what nobody asks for is never computed."""
+    """The inputs of a saliency; each is computed only when it is asked for."""
 
     @property
     @abstractmethod
@@ -25,7 +25,7 @@ class ScoreContext(ABC):
     @property
     @abstractmethod
     def mask(self) -> Mask:
-        """Before the cut."""
+        """The mask before the cut."""
 
     @property
     @abstractmethod
@@ -45,21 +45,21 @@ class ScoreContext(ABC):
     @property
     @abstractmethod
     def units(self) -> Units | None:
-        """The pattern's units, None where weights go one by one."""
+        """The pattern's units, None where weights are removed one by one."""
 
     @property
     @abstractmethod
     def generator(self) -> torch.Generator:
-        """For saliencies that draw."""
+        """The generator for saliencies that draw random numbers."""
 
 
 class Saliency(ABC, Generic[SettingsT]):
     """Scores weights: the lowest are removed first."""
 
     name: ClassVar[str]
-    #: Whether it scores the groups of a pattern, and so needs a pattern that has them.
+    #: Whether it scores the groups of a pattern, and so needs a pattern with groups.
     of_groups: ClassVar[bool] = False
-    #: Whether it asks for the gradient, and so needs examples also where the estimator takes none.
+    #: Whether it uses the gradient, and so needs examples even where the estimator uses none.
     takes_gradient: ClassVar[bool] = False
     Settings: ClassVar[type[Settings]] = Settings
 

@@ -1,4 +1,4 @@
-"""What a plugin supplies as a schedule: how sparsity grows."""
+"""The interface of schedules: how sparsity grows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The built-in schedules, and the plan of steps that follows from one."""
+"""The built-in schedules, and the list of steps that a schedule gives."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import ClassVar
 from sparsekit.errors import SettingsError
 from sparsekit.methods.interfaces import Schedule
 
-#: In one run: each is listed, checkpointed and recorded.
+#: Largest number of cuts in one run, each of which is listed, checkpointed and recorded.
 MOST_CUTS = 100_000
 
 
 class OneShot(Schedule):
-    """Straight to the target, however many steps were asked for."""
+    """One cut to the target, whatever `steps` is."""
 
     name: ClassVar[str] = "one-shot"
 
@@ -56,15 +56,15 @@ class Exponential(Schedule):
 
 @dataclass(frozen=True)
 class Step:
-    """One cut: what is done before, at and after it.
+    """One step: a cut, and what is done before and after it.
 
     Attributes:
         index: 0, 1, ….
         sparsity: the fraction removed in all after the cut.
-        restart: begin from the dense weights and the full mask.
-        refresh: update the curvature at the present weights first.
-        finetune: train the survivors afterwards.
-        level: index of the sparsity level that this step works towards.
+        restart: start from the dense weights and the full mask.
+        refresh: update the curvature at the present weights before the cut.
+        finetune: fine-tune after the cut.
+        level: index of the sparsity level that this step leads to.
         completes_level: whether that level is reached and reported after it.
     """
 
@@ -78,7 +78,7 @@ class Step:
 
 
 def check_cuts(levels: int, steps: int, substeps: int) -> None:
-    """Refuse a plan that nobody could follow.
+    """Refuse a plan with more than MOST_CUTS cuts.
 
     Raises:
         SettingsError: with the number of cuts.
@@ -109,7 +109,7 @@ def plan(
             refreshed before each and no fine-tuning between them.
         finetune: see above.
         independent: each level starts from the dense weights; where a level is one cut, all share the curvature
-            that was taken there. Otherwise levels are passed in order on one path.
+            estimated there. Otherwise each level starts from the previous one.
     """
     within = Exponential(None)
     out: list[Step] = []

@@ -1,4 +1,4 @@
-"""What components of a run are told: the base of all settings, and those that belong to no plugin."""
+"""The base class of all settings, and the settings that belong to no plugin."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing_extensions import TypeVar
 from sparsekit.methods.plain_values import as_number
 from sparsekit.removal import Compensation
 
-#: The class of what a component is told; not checked where the component names none (`Saliency` for
-#: `Saliency[OwnSettings]`).
+#: The class of a component's settings; Any where the component names none (`Saliency`, not `Saliency[OwnSettings]`).
 SettingsT = TypeVar("SettingsT", bound=BaseModel, default=Any)
 
 
 class Settings(BaseModel):
-    """Frozen data; unknown keys are refused, numbers that are not finite, and true or false for a number."""
+    """Frozen settings; unknown keys, numbers that are not finite, and true or false for a number are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -29,7 +28,7 @@ class Settings(BaseModel):
 
 
 class CompensationSettings(Settings):
-    """How the surviving weights move when others go; see `InverseFisher.remove`."""
+    """How the kept weights move when others are removed; see `InverseFisher.remove`."""
 
     how: Literal[Compensation, "exact"] = Field(
         "joint",
@@ -56,7 +55,7 @@ class CompensationSettings(Settings):
 
 
 class ReconstructionSettings(Settings):
-    """How layers are fitted to what they give in the dense network; see `reconstruction`."""
+    """How layers are fitted to their outputs in the dense network; see `reconstruction`."""
 
     how: Literal["none", "layerwise", "fisher"] = Field(
         "none",
@@ -92,7 +91,7 @@ class ReconstructionSettings(Settings):
 
 
 class FinetuneSettings(Settings):
-    """Masked training with momentum SGD after a cut; the same for every method that is compared."""
+    """Masked training with momentum SGD after a cut; the same for all compared methods."""
 
     epochs: float = Field(0.0, ge=0, description="passes over the training examples after each step; 0: none")
     learning_rate: float = Field(0.01, gt=0)
@@ -114,8 +113,8 @@ class Preset:
     Attributes:
         name: `--preset NAME`.
         reference: the paper or code that states it.
-        settings: of a run; whatever else is given wins over them.
-        differs: what could not be taken over as published, and why; empty where nothing.
+        settings: of a run; all other given settings override them.
+        differs: what differs from the publication, and why; empty where nothing does.
     """
 
     name: str

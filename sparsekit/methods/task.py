@@ -1,4 +1,4 @@
-"""What a plugin supplies as a task: a trained network, its data and how it is measured."""
+"""The interface of tasks: a trained network, its data and its metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Split = Literal["train", "tuning", "reporting"]
 
 
 class TaskSettings(Settings):
-    """What every task can be told. A task adds its own."""
+    """The settings of every task. A task adds its own."""
 
     data_dir: str | None = Field(None, description="folder of the data set; --data-dir sets it")
     checkpoint: str | None = Field(None, description="file of the dense weights; --checkpoint sets it")
@@ -27,20 +27,20 @@ class TaskSettings(Settings):
 
 
 class Task(ABC, Generic[SettingsT]):
-    """A trained network, its data and how it is measured.
+    """A trained network, its data and its metrics.
 
-    Construction is cheap and reads nothing but what is needed to say that a file or folder is missing.
+    The constructor is cheap: it reads only what is needed to say that a file or folder is missing.
 
     Attributes:
         settings: of the class's `Settings`.
-        progress: to be called with (steps done, steps in all) where `model` trains; a run sets it.
+        progress: called with (steps done, steps in all) where `model` trains; a run sets it.
         device: where `model` trains; a run sets it.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type[TaskSettings]] = TaskSettings
     likelihood: Likelihood
-    #: What fine-tuning does unless the run says otherwise.
+    #: The default settings of fine-tuning.
     finetune: ClassVar[FinetuneSettings] = FinetuneSettings()
     #: The run's default sparsities.
     sparsity: ClassVar[tuple[float, ...]] = (0.9,)
@@ -52,7 +52,7 @@ class Task(ABC, Generic[SettingsT]):
 
     @abstractmethod
     def network(self) -> nn.Module:
-        """The architecture with untrained weights; reads no data. `--dry-run` needs no more."""
+        """The architecture with untrained weights; reads no data. `--dry-run` uses only this."""
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -77,7 +77,7 @@ class Task(ABC, Generic[SettingsT]):
         Args:
             split: training examples, or the tuning or the reporting half of the test examples.
             batch_size: the last batch may be short.
-            limit: at most so many examples.
+            limit: largest number of examples.
             generator: a CPU generator; with it the order is random (drawn anew at each iteration), and with
                 `limit` a random subset. Without it, stored order.
             augment: whether the task's training augmentation is applied; needs the generator.
@@ -85,7 +85,7 @@ class Task(ABC, Generic[SettingsT]):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash of the data that the task reads, part of a run's identity."""
+        """A hash of the task's data, part of a run's identity."""
 
     def measure(self, model: nn.Module, split: Split) -> dict[str, float]:
         """The mean loss, and top-1 accuracy as a fraction where the likelihood has one."""

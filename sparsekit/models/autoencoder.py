@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class Autoencoder(nn.Module):
-    """Linear layers there and back; ReLU between them, none at the code and at the output.
+    """An encoder and a decoder of linear layers with ReLU between them, none at the code and at the output.
 
     Args:
-        widths: from the input to the code; the decoder mirrors them.
+        widths: from the input to the code; the decoder has them in reverse.
     """
 
     def __init__(self, widths: Sequence[int] = (784, 1000, 500, 250, 30)) -> None:

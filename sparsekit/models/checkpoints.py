@@ -47,7 +47,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file, on the CPU, under the names that they have there.
+    """The tensors in a file, on the CPU, under their names in the file.
 
     Args:
         path: a safetensors file, or a torch file that holds a state dict, bare or under 'state_dict'.
@@ -63,7 +63,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except Exception as error:  # damaged bytes lead the unpickler to raise nearly anything
+    except Exception as error:  # for damaged bytes the unpickler may raise any error
         raise DataError(
             f"'{path}' cannot be read as a checkpoint ({type(error).__name__}); a state dict saved by torch.save "
             "or safetensors was needed: save the dense weights anew"
@@ -79,7 +79,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _plain(tensor: Tensor, name: str, path: Path) -> Tensor:
-    """The numbers of a tensor, however they are stored; a sparse or quantised one is written out."""
+    """The tensor as a dense one, also if it is sparse or quantised."""
     if tensor.is_meta:
         raise DataError(f"the checkpoint '{path}' has no values of '{name}', a meta tensor; save the weights")
     if tensor.is_quantized:

@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 
 class SequenceClassifier(nn.Module):
-    """Token and position embeddings, encoder layers normalised first, the mean over positions, a linear layer.
+    """Token and position embeddings, encoder layers with the norm first, the mean over positions, a linear layer.
 
     Args:
-        tokens: how many there are.
+        tokens: number of different tokens.
         length: of a sequence.
-        classes: of sequences.
+        classes: number of classes of sequences.
         width: of the embeddings; the feed-forward layers are twice as wide.
-        heads: of each attention.
-        layers: how many.
+        heads: number in each attention.
+        layers: number of encoder layers.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class SequenceClassifier(nn.Module):
         self.tokens = nn.Embedding(tokens, width)
         self.positions = nn.Embedding(length, width)
         for embedding in (self.tokens, self.positions):
-            nn.init.normal_(embedding.weight, std=0.02)  # from torch's 1.0, training learns sequences by heart
+            nn.init.normal_(embedding.weight, std=0.02)  # with torch's std of 1.0, training overfits
         self.layers = nn.Sequential(
             *(
                 nn.TransformerEncoderLayer(

@@ -1,4 +1,4 @@
-"""Groups of weights that a pattern decides on together: which weights of a tensor lie side by side."""
+"""Groups of neighbouring weights in a tensor, for patterns that remove weights in groups."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Axis = Literal["inputs", "memory"]
 def groups_of(space: ParameterSpace, size: int, axis: Axis = "inputs") -> Tensor:
     """(m, size): the whole groups of `size` neighbours along an axis of each tensor, tensor by tensor.
 
-    What is left at the end of a line is in no group.
+    The remainder at the end of a line is in no group.
 
     Args:
         space: the tensors.
-        size: weights to a group.
-        axis: `inputs`: inputs of one output at one place of the kernel, see `inputs_of_outputs`; `memory`: as they lie
-            in memory, within one index of the first dimension.
+        size: weights in a group.
+        axis: `inputs`: inputs of one output at one place of the kernel, see `inputs_of_outputs`; `memory`: in memory
+            order, within one index of the first dimension.
     """
     groups = []
     for info in space.parameters:
@@ -33,17 +33,17 @@ def groups_of(space: ParameterSpace, size: int, axis: Axis = "inputs") -> Tensor
 
 
 def inputs_of_outputs(flat: Tensor, info: ParameterInfo) -> Tensor:
-    """A tensor's entries, (n,) in memory order, as lines (n / inputs, inputs) of what an output sums over.
+    """A tensor's entries, (n,) in memory order, as lines (n / inputs, inputs) that an output sums over.
 
-    A line has the input channels of one output at one place of the kernel. By the layer that the tensor belongs to:
+    A line has the input channels of one output at one place of the kernel. It depends on the tensor's layer:
 
     - linear maps (out, in), among them the projections of attention and the gates of recurrent layers;
     - convolutions (out, in/groups, *kernel), so that a depthwise one has lines of one input;
     - transposed convolutions (in, out/groups, *kernel);
-    - transformers' Conv1D (in, out), known by its name;
-    - an embedding (entries, width): nothing is summed in a look-up, and a line is an entry's vector, which is what the
-      inputs of an output are where the table is also the last linear map;
-    - bilinear maps (out, in₁, in₂): in₁ for each in₂; any other module's tensors as those of a convolution;
+    - transformers' Conv1D (in, out), recognised by its name;
+    - an embedding (entries, width): a look-up sums nothing, so a line is an entry's vector; where the table is also
+      the last linear map, these are the inputs of an output;
+    - bilinear maps (out, in₁, in₂): in₁ for each in₂; tensors of any other module as those of a convolution;
     - a tensor of one dimension has lines of one entry.
     """
     if len(info.shape) < 2:

@@ -1,4 +1,4 @@
-"""How good a network is on some examples."""
+"""Loss and accuracy of a network on some examples."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sparsekit.problem.objective import Batch, Mean, as_found, pairs
 def measure(model: nn.Module, likelihood: Likelihood, batches: Iterable[Batch]) -> dict[str, float]:
     """The mean loss over the examples, and accuracy in [0, 1] where the likelihood has one.
 
-    Both over the positions that count, whatever the batches.
+    Both are over the positions that are not ignored and do not depend on the batches.
 
     Raises:
-        DataError, ModelError: a batch is no pair of tensors, or the model's output is none.
+        DataError, ModelError: a batch is not a pair of tensors, or the model's output is not a tensor.
     """
     device = next(model.parameters()).device
     loss, right, has_accuracy = Mean(), Mean(), True

@@ -1,4 +1,4 @@
-"""What a network must be to be worked on, and how it is left: as it was found."""
+"""Checks that a network can be pruned, and context managers that restore its state."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from sparsekit.errors import ModelError, SparsekitError
 
-#: Examples that are looked at together to see whether they are computed apart.
+#: Examples in a batch that tests whether each is computed independently of the others.
 _FEW = 4
 
 
 # -- kinds ---------------------------------------------------------------------------------------------------
 def check_kind(model: nn.Module) -> None:
-    """Refuse modules whose parameters cannot be told apart or put in place one by one.
+    """Refuse modules whose parameters cannot be listed or replaced one by one.
 
     Raises:
-        ModelError: with what to give instead.
+        ModelError: there is one; the message says what to give instead.
     """
     for name, module in model.named_modules():
         where = f"the module '{name}' ({type(module).__name__})" if name else f"the model, a {type(module).__name__},"
@@ -44,7 +44,7 @@ def check_kind(model: nn.Module) -> None:
 
 
 def check_values(model: nn.Module) -> None:
-    """Refuse parameters without values, and such as lie on several devices.
+    """Refuse parameters without values, and parameters on several devices.
 
     Raises:
         ModelError: there are some.
@@ -65,7 +65,7 @@ def check_values(model: nn.Module) -> None:
 
 
 def refuse_autocast() -> None:
-    """Refuse to work within somebody else's autocast, whose cache keeps casts of weights that have changed since.
+    """Refuse to work inside the caller's autocast, whose cache keeps casts of weights from before a change.
 
     Raises:
         ModelError: autocast is on.
@@ -79,13 +79,13 @@ def refuse_autocast() -> None:
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Autocast that is on outside is off inside; what it has cached of weights is forgotten."""
+    """Turn autocast off inside, and clear its cache of weights; the previous setting is restored on exit."""
     on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     cached = torch.is_autocast_cache_enabled()
     try:
         for kind in on:
             torch.set_autocast_enabled(kind, False)
-        if on:  # a block in the model's own forward would be nested, and its casts outlive it
+        if on:  # casts made by an autocast block in the model's own forward would stay in the cache: it is nested
             torch.set_autocast_cache_enabled(False)
         yield
     finally:
@@ -97,13 +97,13 @@ def without_autocast() -> Iterator[None]:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy. Of computed tensors that a module keeps it has the values, not the graph.
+    """A deep copy. Computed tensors that a module stores are copied without their graph.
 
     Raises:
-        ModelError: something in it cannot be copied.
+        ModelError: a part of it cannot be copied.
     """
     plain: Callable[..., Any] = Tensor.__deepcopy__
-    held: list[Tensor] = []  # copies are remembered by the id of what was copied, which must not be given anew
+    held: list[Tensor] = []  # deepcopy identifies originals by id, which must stay in use
 
     def value(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         if not tensor.is_leaf:
@@ -126,10 +126,10 @@ def copied(model: nn.Module) -> nn.Module:
 # -- as it was found -----------------------------------------------------------------------------------------
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode inside; modes, `requires_grad`, gradients and buffers as they were found afterwards.
+    """Evaluation mode inside; modes, `requires_grad`, gradients and buffers are restored on exit.
 
-    Per-example gradients are not defined under batch statistics, and dropout would make them another
-    function's; so curvature is always that of the network in evaluation mode. Outputs that are not tensors are
+    Per-example gradients are not defined under batch statistics, and with dropout they would be those of another
+    function; so curvature is always that of the network in evaluation mode. Outputs that are not tensors are
     refused, see `tensor_outputs`.
 
     Raises:
@@ -151,7 +151,7 @@ def as_found(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def _buffers_as_found(model: nn.Module) -> Iterator[None]:
-    """A forward pass may count or accumulate in buffers: afterwards they are the tensors they were, with the values."""
+    """Restore the buffers, tensors and values, on exit: a forward pass may count or accumulate in them."""
     found = [
         (module, name, buffer, buffer.clone(), _version(buffer))
         for module in model.modules()
@@ -163,19 +163,19 @@ def _buffers_as_found(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, buffer, value, version in found:
-                # `.data` and some kernels change a tensor without its being counted; NaN is unequal to itself
+                # changes through `.data` and by some kernels do not raise the version; NaN is not equal to itself
                 if _version(buffer) != version or not torch.equal(buffer, value):
                     buffer.copy_(value)
                 module._buffers[name] = buffer
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # which cannot change, and does not count
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors do not change and have no version
 
 
 @contextmanager
 def dense_gradients(model: nn.Module) -> Iterator[None]:
-    """Embeddings that ask for sparse gradients have dense ones inside: rows and momentum are dense here."""
+    """Turn sparse gradients of embeddings off inside: gradient rows and momentum are dense."""
     sparse = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
     for module in sparse:
         module.sparse = False
@@ -188,10 +188,10 @@ def dense_gradients(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def tensor_outputs(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, a call of the model that does not return one tensor is a ModelError.
+    """Inside, a call of the model that does not return one tensor raises a ModelError.
 
-    Outputs less precise than the weights, as autocast in the model's own forward makes them, are widened to the
-    weights' type: losses and their sums would be wrong in the third digit otherwise.
+    Outputs less precise than the weights, as from autocast in the model's own forward, are converted to the weights'
+    type: otherwise losses and their sums would be wrong in the third digit.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
@@ -212,19 +212,19 @@ def tensor_outputs(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def kind_of(value: object) -> str:
-    """What was given, in words."""
+    """The type of a value, for messages."""
     if isinstance(value, tuple | list) and len(value) <= 4:
         return f"{type(value).__name__} ({', '.join(type(part).__name__ for part in value)})"
     return f"type {type(value).__name__}"
 
 
-# -- a function of each example ------------------------------------------------------------------------------
+# -- examples are computed independently ---------------------------------------------------------------------
 @torch.no_grad()
 def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
-    """The model's outputs, a row an example.
+    """The model's outputs, one row for each example.
 
     Raises:
-        ModelError: it fails on them, or returns another number of rows.
+        ModelError: it fails on the inputs, or returns another number of rows.
     """
     try:
         output: Tensor = model(inputs)
@@ -248,18 +248,18 @@ def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def check_examples_apart(model: nn.Module, inputs: Tensor) -> None:
-    """Refuse a model whose output for an example depends on the others of its batch, or on how many there are.
+    """Refuse a model whose output for an example depends on the other examples of its batch or on their number.
 
-    Losses, gradients and Fisher information of single examples mean nothing then. An example's output is compared
-    with that beside copies of itself: the same work of the same sizes, so that rounding is the same in whatever
-    precision. Models that draw at random are not judged.
+    Such a model has no loss, gradient or Fisher information of a single example. An example's output in the batch is
+    compared with its output in a batch of its copies: computations of the same sizes round alike in any precision.
+    Models that draw random numbers are not checked.
 
     Args:
         model: within `as_found`.
-        inputs: of a batch; a single example tells nothing.
+        inputs: of a batch; nothing is checked for a single example.
 
     Raises:
-        ModelError: it does, or it does not take a single example.
+        ModelError: the output does, or the model does not take a single example.
     """
     few = inputs[:_FEW]
     if len(few) < 2:
@@ -270,13 +270,13 @@ def check_examples_apart(model: nn.Module, inputs: Tensor) -> None:
         if _differ(beside[row], own[row], torch.finfo(_floating(own)).eps ** 0.5):
             _refuse(model, few, beside)
     alone = outputs(model, few[:1])
-    if _differ(beside[0], alone[0], 0.1):  # of other sizes, and so rounded otherwise
+    if _differ(beside[0], alone[0], 0.1):  # other sizes round differently
         _refuse(model, few, beside)
 
 
 def _refuse(model: nn.Module, few: Tensor, before: Tensor) -> None:
     if _differ(before, outputs(model, few), torch.finfo(_floating(before)).eps ** 0.5):
-        return  # it draws at random: no two calls agree
+        return  # it draws random numbers: two calls differ anyway
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is None]
     what = f" ({type(norms[0]).__name__} without running statistics)" if norms else ""
     raise ModelError(
@@ -291,7 +291,7 @@ def _floating(output: Tensor) -> torch.dtype:
 
 
 def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether two outputs are not the same, up to a relative difference."""
+    """Whether two outputs differ by more than a relative tolerance."""
     if a.shape != b.shape:
         return True
     finite = a.isfinite()

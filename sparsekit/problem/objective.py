@@ -1,4 +1,4 @@
-"""What is bent: a model, its likelihood, the examples and the parameters that count."""
+"""The loss as a function of the prunable weights: a model, its likelihood, examples and parameters."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Batch = tuple[Tensor, Tensor]
 
 
 def pairs(batches: Iterable[Any], device: torch.device | None = None) -> Iterator[Batch]:
-    """The batches, looked at one by one and moved to a device: all data come in through here.
+    """The batches, checked one by one and moved to a device; all data pass through this function.
 
     Args:
-        batches: each a tuple or list (inputs, targets) of two tensors with one row an example.
-        device: where they are needed; None leaves them where they are.
+        batches: each a tuple or list (inputs, targets) of two tensors with one row for each example.
+        device: None leaves them where they are.
 
     Raises:
         DataError: a batch is something else.
@@ -57,9 +57,9 @@ class Objective:
         likelihood: the loss.
         batches: the examples, (inputs, targets) batch by batch; a sequence or anything else that can be
             iterated over again and gives the same examples each time.
-        space: the weights that count.
-        share: what an example adds to what the likelihood's mean divides by, on average; counted where None. Of
-            some of an objective's batches give that of the whole, `mean_share`, so that weights stay comparable.
+        space: the weights of which L is a function.
+        share: what an example adds to the divisor of the likelihood's mean, on average; counted where None. An
+            objective on some batches of another one takes that one's `mean_share`, so that weights stay comparable.
     """
 
     model: nn.Module
@@ -75,16 +75,16 @@ class Objective:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The model's type of number."""
+        """The model's floating-point type."""
         return next(self.model.parameters()).dtype
 
     def on_device(self) -> Iterator[Batch]:
-        """The batches, moved to the model's device; a DataError where one is no pair of tensors, see `pairs`."""
+        """The batches, moved to the model's device; a DataError if one is not a pair of tensors, see `pairs`."""
         yield from pairs(self.batches, self.device)
 
     @cached_property
     def mean_share(self) -> float:
-        """What an example adds to what the likelihood's mean divides by, over all examples; reads targets alone.
+        """What an example adds to the divisor of the likelihood's mean, averaged over all; reads only the targets.
 
         Raises:
             DataError: the targets are all ignored.
@@ -98,19 +98,19 @@ class Objective:
         return counting(total, count) / count
 
     def weighted(self) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """The batches on the model's device, each with what its examples weigh in the mean over all, 1 on average.
+        """The batches on the model's device, each with the weight of its examples in the mean over all, 1 on average.
 
-        Only a likelihood's weights of positions make it another number than 1.
+        The weight differs from 1 only where the likelihood has weights of positions.
         """
         for inputs, targets in self.on_device():
             yield inputs, targets, self.likelihood.divisor(targets) / len(targets) / self.mean_share
 
     def check(self) -> None:
-        """One batch through the model and the loss, so that what cannot be used is refused before any work.
+        """Pass one batch through the model and the loss, so that unusable ones are refused before any work.
 
         Raises:
-            DataError: the batch is no pair of tensors.
-            ModelError: the model does not take it, or its output is no tensor, or not that of each example alone.
+            DataError: the batch is not a pair of tensors.
+            ModelError: the model fails on it, or its output is not a tensor, or depends on the batch's other examples.
             CurvatureError: a loss is not finite.
         """
         check_values(self.model)
@@ -179,7 +179,7 @@ class Objective:
 class Mean:
     """A mean over examples, batch by batch, in one pass.
 
-    Each batch has a mean of its own, divided by whatever it was; batches count in proportion to that.
+    Batches count in proportion to the divisor of their own mean.
     """
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ class Mean:
         share = divisor / len(values)
         self._examples += len(values)
         if share:  # else all are ignored
-            self._unit = self._unit or share  # so that shares that are alike count exactly 1
+            self._unit = self._unit or share  # relative to the first, so that equal shares count exactly 1
             self._total += float(values.double().sum()) * (share / self._unit)
             self._count += len(values) * (share / self._unit)
 
@@ -201,7 +201,7 @@ class Mean:
 
 
 def counting(total: float, examples: int) -> float:
-    """What a mean over so many examples divides by, which must not be zero."""
+    """The divisor of a mean over so many examples; a DataError if it is zero."""
     if some(examples) and not total:
         raise DataError(
             f"the targets of all {examples} examples are ignored, or their classes have no weight: mend the data, or "
@@ -211,14 +211,14 @@ def counting(total: float, examples: int) -> float:
 
 
 def some(count: int) -> int:
-    """The count, which must not be zero."""
+    """The count; a DataError if it is zero."""
     if count == 0:
         raise DataError("the data gave no batch; at least one batch of (inputs, targets) is needed")
     return count
 
 
 def finite_loss(value: float) -> float:
-    """The loss, which must be a number."""
+    """The loss; a CurvatureError if it is NaN."""
     if math.isnan(value):
         raise CurvatureError("the loss is NaN at the present weights; check the data, the loss and the checkpoint")
     return value

@@ -1,4 +1,4 @@
-"""Which weights are pruned, in which flat order, and which of them are kept."""
+"""The prunable weights as one flat vector, and the mask of those that are kept."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ParameterInfo:
     """One prunable tensor and its place in the flat vector.
 
     Attributes:
-        layer: the kind of module that it belongs to, the first one where it is tied; None where nobody said.
-        groups: that module's `groups`, 1 where it has none: shares of its outputs that see different inputs.
+        layer: the class of its module, the first one where it is tied; None where unknown.
+        groups: that module's `groups`, 1 where it has none: parts of its outputs that see different inputs.
     """
 
     name: str
@@ -48,8 +48,8 @@ class ParameterInfo:
 class ParameterSpace:
     """The prunable tensors of a model as one flat vector, in the order of `named_parameters`.
 
-    This class alone knows how tensors and the flat vector w ∈ Rⁿ correspond. It holds names and shapes,
-    no model and no values.
+    Only this class knows how tensors and the flat vector w ∈ Rⁿ correspond. It holds names and shapes,
+    but neither model nor values.
 
     Attributes:
         parameters: the tensors, in flat order.
@@ -89,8 +89,8 @@ class ParameterSpace:
             model: any module; a parameter used in several places (tied) counts once, under its first name.
             include: names of parameters, or shell patterns on them (`layer3.*`); without it, every floating-point
                 parameter of two or more dimensions that is not frozen, has `weight` or `kernel` in its name and
-                belongs to no normalisation: what layers multiply with, not biases, scales, tokens or tables.
-            exclude: the same; they win over `include`.
+                belongs to no normalisation: the weights that layers multiply by, not biases, scales, tokens or tables.
+            exclude: the same; takes precedence over `include`.
 
         Raises:
             ModelError: nothing is left to prune, a pattern matches no parameter, or a weight is computed from others
@@ -123,7 +123,7 @@ class ParameterSpace:
             reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "it has no parameters"
             raise ModelError(f"the model has no prunable parameter ({reasons}); include some by name")
         for prefix, advice in _computed(model):
-            # by default these have another name than the weight that would be pruned
+            # by default such parameters are skipped by their names
             asked = (name for name in named if name in shapes or skipped[name] == NOT_MULTIPLIED)
             found = next((name for name in asked if name.startswith(prefix)), None)
             if found is not None:
@@ -135,7 +135,7 @@ class ParameterSpace:
         return cls(shapes, skipped=skipped, total=sum(t.numel() for t in named.values()), owners=owners)
 
     def without(self, reasons: Mapping[str, str]) -> ParameterSpace:
-        """The space less some of its tensors, name -> why it is skipped; itself where there are none."""
+        """The space without some of its tensors, given as name -> why it is skipped; itself if there are none."""
         if not reasons:
             return self
         rest = [info for info in self.parameters if info.name not in reasons]
@@ -167,10 +167,10 @@ class ParameterSpace:
         return tuple(info.name for info in self.parameters)
 
     def stretches(self, block_size: int | None, *, across_tensors: bool = False) -> list[int]:
-        """Lengths of consecutive stretches of `block_size` weights in flat order; a last one may be short.
+        """Lengths of consecutive stretches of `block_size` weights in flat order; the last one may be shorter.
 
         Args:
-            block_size: None for stretches as long as can be.
+            block_size: None for the longest possible stretches.
             across_tensors: over the whole vector; otherwise no stretch crosses a tensor's end.
         """
         out = []
@@ -207,7 +207,7 @@ class ParameterSpace:
         return {info.name: rows[:, info.slice].view(len(rows), *info.shape) for info in self.parameters}
 
     def check(self, vector: Tensor) -> None:
-        """Refuse what is not a vector of this space."""
+        """Raise a ValueError for a vector that is not of this space."""
         if vector.shape != (self.size,):
             raise ValueError(f"a vector of shape ({self.size},) was needed, {tuple(vector.shape)} was given")
 
@@ -224,7 +224,7 @@ class ParameterSpace:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether it is the name itself, whatever brackets it has, or a shell pattern of it."""
+    """Whether the pattern is the name itself, which may contain brackets, or a shell pattern that matches it."""
     return name == pattern or fnmatchcase(name, pattern)
 
 
@@ -249,18 +249,18 @@ def _why_skipped(
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-#: Why a parameter is left alone that no layer is known to multiply with.
+#: Reason for skipping a parameter that no layer is known to multiply by.
 NOT_MULTIPLIED = "no layer's weight by its name (a scale, a token or a table); include it to prune it"
 
-#: Modules whose parameters scale what passes, whatever their shape.
+#: Modules whose parameters are scales, whatever their shape.
 NORMALISATION = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
-#: What the own name of a parameter has in it that a layer multiplies its inputs with.
+#: Parts of the names of parameters that layers multiply their inputs by.
 MULTIPLIED = ("weight", "kernel")
 
 
 def _computed(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Beginnings of the names of parameters that weights are computed from, and what undoes it."""
+    """Prefixes of the names of parameters from which weights are computed, each with the call that undoes it."""
     for name, module in model.named_modules():
         own = f"{name}." if name else ""
         if parametrize.is_parametrized(module):
@@ -281,8 +281,7 @@ def _computed(model: nn.Module) -> Iterator[tuple[str, str]]:
 class Mask:
     """Which weights of a space are kept: `kept` (n,) bool, True = kept. Immutable.
 
-    A mask is explicit: a weight that happens to be zero is not removed, a removed weight is in no other
-    way special than by its place here.
+    A mask is explicit: a weight that happens to be zero is not removed, and only the mask marks a weight as removed.
     """
 
     kept: Tensor
@@ -303,7 +302,7 @@ class Mask:
 
     @property
     def removed_count(self) -> int:
-        """How many weights are removed."""
+        """The number of removed weights."""
         return int(self.kept.numel() - self.kept.count_nonzero())
 
     @property
@@ -312,7 +311,7 @@ class Mask:
         return self.removed_count / self.kept.numel()
 
     def without(self, chosen: Tensor) -> Mask:
-        """This mask less the weights where `chosen` (n,) bool is True."""
+        """This mask without the weights where `chosen` (n,) bool is True."""
         return Mask(self.kept & ~chosen)
 
     @torch.no_grad()

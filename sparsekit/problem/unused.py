@@ -1,4 +1,4 @@
-"""Weights that the loss does not depend on, such as those of auxiliary heads: counting them would flatter a cut."""
+"""Weights that the loss does not depend on, as in auxiliary heads: a sparsity that counts them is overstated."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch
 from sparsekit.problem.objective import Objective, as_found
 from sparsekit.problem.parameters import ParameterSpace
 
-#: Why a parameter is left alone that no gradient reaches.
+#: Reason for skipping a parameter that no gradient reaches.
 UNUSED = "no gradient reaches it: the loss does not depend on it; include it by name to prune it"
 
 
 def unused(objective: Objective) -> list[str]:
     """Names of the space's tensors that no example's loss depends on, in flat order.
 
-    Batch by batch until every tensor has been reached, as a router may send the first examples elsewhere. Nothing
-    where no gradient can be taken or none reaches anything: that tells of the model's code, not of its weights.
+    Batches are read until every tensor has been reached, as a router may send the first examples elsewhere. The list is
+    empty where no gradient can be taken or none reaches any tensor: the cause is then the model's code.
     """
     with as_found(objective.model), torch.enable_grad():
         tensors = objective.space.tensors(objective.model)
@@ -39,11 +39,11 @@ def unused(objective: Objective) -> list[str]:
 
 
 def used(objective: Objective, *, included: bool) -> tuple[ParameterSpace, list[str]]:
-    """The objective's space without what `unused` finds, and what is to be told of it.
+    """The objective's space without its `unused` tensors, and warnings about them.
 
     Args:
         objective: at the dense weights.
-        included: whether the space was chosen by name; then it stays whole, and each such tensor is told of.
+        included: whether the space was chosen by name; then it stays whole, with a warning for each such tensor.
     """
     found = unused(objective)
     if included:

@@ -8,7 +8,7 @@ import torch
 
 
 class Clock:
-    """Seconds by phase; waits for the device, so that a phase pays for its own work."""
+    """Seconds by phase; waits for the device, so that each phase includes its own work."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -21,7 +21,7 @@ class Clock:
         return time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """What has passed since the last lap, or since the clock was made, belongs to `phase`."""
+        """Add the time since the last lap, or since the clock was made, to `phase`."""
         now = self._now()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now

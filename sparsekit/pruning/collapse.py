@@ -1,4 +1,4 @@
-"""Whether a cut has taken so much that the network computes nothing any more."""
+"""Detection of cuts after which a tensor is empty or the output does not depend on the input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsekit.problem.parameters import Mask, ParameterSpace
 
 
 def emptied(space: ParameterSpace, before: Mask, after: Mask) -> list[str]:
-    """A sentence for each tensor whose last weights a cut has taken."""
+    """A sentence for each tensor whose last weights a cut has removed."""
     return [
         f"all {info.size:,} weights of '{info.name}' are removed; prune less, or raise the pattern's floor"
         for info in space.parameters
@@ -21,9 +21,9 @@ def emptied(space: ParameterSpace, before: Mask, after: Mask) -> list[str]:
 
 
 def constant_outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """(m,) bool: which entries of the output are the same, but for rounding, for all examples of the first batch.
+    """(m,) bool: which entries of the output are equal, up to rounding, for all examples of the first batch.
 
-    Empty where that cannot be told: there is no batch, or it is of one example.
+    Empty where this is unknown: there is no batch, or it has one example.
     """
     if not len(batches) or len(batches[0][0]) < 2:
         return torch.zeros(0, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""One cut: score, choose, remove. What it changes is the caller's to write."""
+"""One cut: score, choose, remove. The caller writes the result to the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Surgeon:
     Attributes:
         saliency: scores the weights.
         pattern: chooses among them.
-        compensation: how the survivors move.
+        compensation: how the kept weights move.
     """
 
     saliency: Saliency
@@ -49,7 +49,7 @@ class Surgeon:
             sparsity: after it, as a fraction of the prunable weights.
             inverse: Σ.
             objective: on the calibration examples, at these weights.
-            generator: for saliencies that draw.
+            generator: for saliencies that draw random numbers.
 
         Raises:
             CurvatureError: scores are not finite.
@@ -68,7 +68,7 @@ class Surgeon:
         return removal, mask.without(chosen)
 
     def _exact(self, inverse: InverseFisher, objective: Objective) -> InverseFisher:
-        """The calibration examples' Gauss-Newton matrix in place of the estimator's, which preconditions it."""
+        """Σ of the calibration examples' Gauss-Newton matrix; the estimator's Σ is the preconditioner."""
         fisher, gamma = GaussNewton(objective), self.compensation.damping or inverse.damping
         operator = MatrixFree(
             lambda v: (fisher @ v.to(objective.dtype)).to(v.dtype) + gamma * v,

@@ -1,4 +1,4 @@
-"""What the pruning loop tells, and what it needs to go on: plain data."""
+"""The events of the pruning loop, and its state between steps, as plain data."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Metrics = Mapping[str, float]
 
 @dataclass(frozen=True)
 class DenseMeasured:
-    """The dense network, before anything is done to it.
+    """The dense network has been measured, before the first step.
 
     Attributes:
-        metrics: its own.
-        seconds: the measurement took.
+        metrics: of the dense network.
+        seconds: that the measurement took.
     """
 
     metrics: Metrics
@@ -35,7 +35,7 @@ class PhaseStarted:
 
 @dataclass(frozen=True)
 class LayerReconstructed:
-    """A layer was fitted; the model and the pruner's state are what a checkpoint may hold."""
+    """A layer was fitted; a checkpoint can be made of the model and the pruner's state."""
 
     step: Step
     fit: LayerFit
@@ -43,19 +43,19 @@ class LayerReconstructed:
 
 @dataclass(frozen=True)
 class Cut:
-    """What is known of a step once its weights are removed: plain data.
+    """The results of a step after its weights are removed: plain data.
 
     Attributes:
         damping: γ of the inverse used.
         curvature: figures of the estimator, empty without a refresh.
         loss: the mean over the calibration examples before the cut.
-        predicted_increase, measured_increase: of that loss, by this cut, before any reconstruction: the quadratic
-            model speaks of the cut and its compensation.
+        predicted_increase, measured_increase: of that loss, by this cut and its compensation, before any
+            reconstruction, which the quadratic model does not cover.
         iterations, residual: of the joint solve.
-        fell_back: whether joint compensation came out worse than none, which was applied instead.
+        fell_back: whether joint compensation was worse than none, which was applied instead.
         seconds: by phase.
-        collapsed: a sentence for each tensor whose last weights this cut took, and one where the output depends no
-            longer on the input, or more than half of it.
+        collapsed: a sentence for each tensor whose last weights this cut removed, and one where more than half of the
+            output no longer depends on the input.
     """
 
     damping: float
@@ -72,12 +72,12 @@ class Cut:
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """What came of the layers after a cut.
+    """The results of the reconstruction after a cut.
 
     Attributes:
         increase: of the loss over the calibration examples, by reconstruction; mostly negative.
         layers: in the order in which they were fitted.
-        left: name of a weight -> why it is as the cut left it.
+        left: name of a weight -> why it was not fitted.
     """
 
     increase: float
@@ -87,14 +87,14 @@ class Reconstructed:
 
 @dataclass(frozen=True)
 class StepCompleted(Cut):
-    """A step is over; the model and the mask are what a checkpoint should hold.
+    """A step is finished; a checkpoint should be made of the model and the mask.
 
     Attributes:
         step: the plan's step.
-        removed: weights removed in all.
-        reconstruction: what it did; None without.
+        removed: number of weights removed in all.
+        reconstruction: its results; None without one.
         pruned, finetuned: metrics after each phase, where measured.
-        layer_sparsity: by parameter.
+        layer_sparsity: parameter name -> sparsity.
     """
 
     step: Step
@@ -106,12 +106,12 @@ class StepCompleted(Cut):
 
     @property
     def index(self) -> int:
-        """Of the step, from 0 over the whole run."""
+        """The index of the step, from 0 over the whole run."""
         return self.step.index
 
     @property
     def sparsity(self) -> float:
-        """After the step, as a fraction of the prunable weights."""
+        """The sparsity after the step, as a fraction of the prunable weights."""
         return self.step.sparsity
 
     @property
@@ -125,14 +125,14 @@ Event = DenseMeasured | PhaseStarted | LayerReconstructed | StepCompleted
 
 @dataclass
 class PrunerState:
-    """What the next step needs, and a checkpoint holds. The model's own state travels beside it.
+    """The pruner's state between steps, for checkpoints. The model's own state is stored beside it.
 
     Attributes:
-        next_step: index of the step that is to be done, or goes on.
-        mask: None before the first.
-        dense: metrics.
-        cut: of that step, once its weights are removed.
-        fits: of its layers that are reconstructed already.
+        next_step: index of the step to do next, or to continue.
+        mask: None before the first step.
+        dense: metrics of the dense network.
+        cut: of that step, after its weights are removed.
+        fits: of its layers that are already reconstructed.
     """
 
     next_step: int = 0

@@ -33,21 +33,21 @@ def finetune(
 ) -> int:
     """Train all of the model's parameters in place; removed weights stay zero.
 
-    The mask is applied again after every optimiser step and the momentum of removed weights cleared, so that
-    neither weight decay nor momentum brings one back.
+    After every optimiser step the mask is applied again and the momentum of removed weights is cleared, so that
+    neither weight decay nor momentum changes them.
 
-    A model that is given in evaluation mode is trained as a whole, with batch statistics in batch norm and dropout.
-    One that is given in training mode is trained in the modes that its modules are in: a batch norm that somebody put
-    in evaluation mode keeps its statistics.
+    A model given in evaluation mode is trained with all its modules in training mode, that is with batch statistics
+    and dropout. A model given in training mode is trained in the modes that its modules have: a batch norm in
+    evaluation mode keeps its statistics.
 
     Args:
-        model: trained in place, left in its own mode.
+        model: trained in place; its modes are restored at the end.
         likelihood: the loss.
-        batches: called once an epoch; gives that epoch's batches.
+        batches: called once in each epoch; returns that epoch's batches.
         space: the prunable weights.
         mask: over them, on any device.
         settings: the recipe.
-        batches_per_epoch: how many batches an epoch has, to know the number of steps.
+        batches_per_epoch: number of batches in an epoch, which determines the number of steps.
         progress: called with (steps done, steps in all).
 
     Returns:
@@ -55,8 +55,8 @@ def finetune(
 
     Raises:
         CurvatureError: the loss is not finite.
-        DataError, ModelError: a batch is no pair of tensors, an epoch has none, the model's output is none, or
-            autocast is on.
+        DataError, ModelError: a batch is not a pair of tensors, an epoch has no batches, the model's output is not a
+            tensor, or autocast is on.
     """
     refuse_autocast()
     total = math.ceil(settings.epochs * batches_per_epoch)

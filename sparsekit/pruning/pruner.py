@@ -64,12 +64,12 @@ class Pruner:
         saliency, pattern, compensation: how a cut is made.
         steps: the plan.
         calibration: generator -> batches for one curvature estimate.
-        seed: of everything random; draws of one step do not depend on those of another.
+        seed: of all random draws; draws of one step do not depend on those of another.
         measure: model -> metrics.
         reconstruction, anchors: how layers are fitted after a cut; generator -> the batches that they are fitted on.
-        finetune_settings, training, training_batches: the recipe; generator -> an epoch's batches; how many those are.
-        update: (step, estimator, objective, generator) -> figures; what has the estimator see a step's examples.
-        progress: called with (phase, done, total) on long work.
+        finetune_settings, training, training_batches: the recipe; generator -> an epoch's batches; their number.
+        update: (step, estimator, objective, generator) -> figures; updates the estimator on a step's examples.
+        progress: called with (phase, done, total) during long work.
     """
 
     model: nn.Module
@@ -93,17 +93,17 @@ class Pruner:
     state: PrunerState = field(default_factory=PrunerState)
 
     def __post_init__(self) -> None:
-        # What a restart goes back to. A pruner is made with the dense model, so a resumed one knows it too.
+        # The weights that a restart loads. A pruner is always made with the dense model, also in a resumed run.
         restarts = any(step.restart for step in self.steps)
         self._dense = {name: t.clone() for name, t in self.model.state_dict().items()} if restarts else {}
-        # What layers are fitted to, for the same reason taken here.
+        # The network whose outputs layers are fitted to, copied here for the same reason.
         self._anchor = copied(self.model).cpu() if self.reconstruction.how != "none" else None
         self._weighting: Mapping[str, Tensor] = {}
         self._phase = "curvature"
         self._untaught = deepcopy(self.estimator) if restarts else self.estimator
 
     def restore(self, weights: Mapping[str, Tensor], estimator: Mapping[str, Tensor], state: PrunerState) -> None:
-        """Go on from a checkpoint: the model's and the estimator's state after `state.next_step` steps."""
+        """Load a checkpoint: the model's and the estimator's state after `state.next_step` steps."""
         self.model.load_state_dict(dict(weights))
         self.estimator.load_state_dict(estimator)
         self.state = state
@@ -126,11 +126,11 @@ class Pruner:
         state = self.state
         assert state.mask is not None
         clock = Clock(device)
-        self._refined: Metrics = {}  # what the last update while fine-tuning told
+        self._refined: Metrics = {}  # figures of the last update while fine-tuning
         if step.restart and state.cut is None:
             self.model.load_state_dict(self._dense)
             state.mask = Mask.full(self.space.size, device)
-            if step.refresh:  # nothing of what was learned at another level's weights stays
+            if step.refresh:  # forget the statistics from other levels' weights
                 self.estimator = deepcopy(self._untaught)
             self.estimator.shrink(state.mask)
         calibration = self.calibration(self._generator("calibration", self._refresh_index(step)))
@@ -143,7 +143,7 @@ class Pruner:
         if self._anchor is not None and (self.reconstruction.when == "cut" or step.completes_level):
             yield self._started("reconstruction", step)
             left = yield from self._reconstruct(step, self._anchor.to(device), clock)
-            self._anchor.cpu()  # where it is in nobody's way
+            self._anchor.cpu()  # frees the device's memory
             after = objective.loss() if calibration else math.nan
             increase = after - state.cut.loss - state.cut.measured_increase
             reconstructed = Reconstructed(increase, state.fits, left)
@@ -175,7 +175,7 @@ class Pruner:
         )
 
     def _remove(self, step: Step, objective: Objective, clock: Clock) -> Iterator[Event]:
-        """Curvature and cut; what is known of it afterwards is `state.cut`."""
+        """Do the curvature and the cut; the results are in `state.cut`."""
         yield self._started("curvature", step)
         curvature: Metrics = {}
         if step.refresh:
@@ -200,7 +200,7 @@ class Pruner:
             damping=inverse.damping,
             curvature=curvature,
             loss=before,
-            # a layer's own least squares says nothing of the loss
+            # other units, such as a layer's own least squares, do not predict the loss
             predicted_increase=removal.increase if self._is_of_the_loss else math.nan,
             measured_increase=after - before,
             iterations=removal.iterations,
@@ -212,7 +212,7 @@ class Pruner:
         clock.seconds.clear()
 
     def _reconstruct(self, step: Step, anchor: nn.Module, clock: Clock) -> Generator[Event, None, Mapping[str, str]]:
-        """Fit the layers that are left to fit; returns those that cannot be, and why."""
+        """Fit the remaining layers; returns name -> reason for those that cannot be fitted."""
         if self.anchors is None or self.state.mask is None:
             raise SettingsError("reconstruction needs examples: give the pruner `anchors`")
         generator = self._generator("reconstruction", step.index)
@@ -227,7 +227,7 @@ class Pruner:
             weighting=self._output_weighting(anchor) if self.reconstruction.how == "fisher" else None,
             seed=generator.initial_seed(),
         )
-        clock.seconds["reconstruction"] = sum(fit.seconds for fit in self.state.fits)  # of before an interruption
+        clock.seconds["reconstruction"] = sum(fit.seconds for fit in self.state.fits)  # from before an interruption
         for fit in work.run(len(self.state.fits), lambda done, total: self.progress("reconstruction", done, total)):
             self.state.fits = (*self.state.fits, fit)
             clock.lap("reconstruction")
@@ -235,18 +235,18 @@ class Pruner:
         return work.left | {fit.name: fit.left for fit in self.state.fits if fit.left}
 
     def _output_weighting(self, anchor: nn.Module) -> Mapping[str, Tensor]:
-        """Fisher information of each layer's outputs: the estimator's where it has factors, else measured once."""
+        """The Fisher information of each layer's outputs: from the estimator's factors, else computed once."""
         found = inverse_of(self.estimator).output_factors(self.space)
         if len(found) == len(self.space):
             return found
-        if not self._weighting:  # of the dense network, so that it is the same before and after an interruption
+        if not self._weighting:  # from the dense network, so that it is the same before and after an interruption
             objective = Objective(anchor, self.likelihood, self.calibration(self._generator("outputs", 0)), self.space)
             generator = self._generator("output labels", 0, objective.device)
             self._weighting = output_moments(objective, self.estimator.settings.fisher, generator)
         return {**self._weighting, **found}
 
     def _cut(self, step: Step, inverse: InverseFisher, objective: Objective) -> Removal:
-        """Score, choose, remove; the model, the mask and the estimator follow."""
+        """Score, choose and remove; updates the model, the mask and the estimator."""
         assert self.state.mask is not None
         weights = self.space.read(self.model)
         generator = self._generator("saliency", step.index, weights.device)
@@ -270,7 +270,7 @@ class Pruner:
         training, mask, every = self.training, self.state.mask, self.finetune_settings.refine_every
         assert training is not None and mask is not None
         generator = self._generator("finetune", step.index)
-        # only where a later cut has the use of it
+        # only where a later cut uses it
         refines = bool(every) and any(s.index == step.index + 1 and not s.restart for s in self.steps)
 
         def after_each(done: int, total: int) -> None:
@@ -297,11 +297,11 @@ class Pruner:
             )
 
     def _watched(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """The batches, reporting how far a pass over them is."""
+        """The batches; passes over them report their progress."""
         return _Watched(batches, lambda done: self.progress(self._phase, done, len(batches)))
 
     def _refresh_index(self, step: Step) -> int:
-        """The step whose calibration examples are in use: the last one that refreshed."""
+        """The step whose calibration examples are used: the last one with a refresh."""
         return max((s.index for s in self.steps[: step.index + 1] if s.refresh), default=0)
 
     def _generator(self, purpose: str, index: int, device: torch.device | None = None) -> torch.Generator:
@@ -309,7 +309,7 @@ class Pruner:
 
 
 class _Watched(Sequence[Batch]):
-    """A sequence that tells how far an iteration over it is."""
+    """A sequence whose iterations report their progress."""
 
     def __init__(self, batches: Sequence[Batch], tell: Callable[[int], None]) -> None:
         self._batches, self._tell = batches, tell

@@ -1,4 +1,4 @@
-"""Generators that are derived from a run's seed: resuming needs no generator's state."""
+"""Random generators derived from a run's seed, so that resuming needs no generator's state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def generator_for(seed: int, purpose: str, index: int, device: torch.device | None = None) -> torch.Generator:
-    """A generator of its own for each purpose and step: draws of one change nothing in another."""
+    """A separate generator for each purpose and step, so that draws of one do not affect another."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
     generator = torch.Generator(device or torch.device("cpu"))
     generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -19,7 +19,7 @@ def generator_for(seed: int, purpose: str, index: int, device: torch.device | No
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Layers such as dropout draw from torch's global generators: seeded here, and put back as they were."""
+    """Seed torch's global generators, from which layers such as dropout draw; their states are restored on exit."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -1,1 +1,1 @@
-"""Fit each layer's surviving weights to what the layer gives in the dense network."""
+"""Fits each layer's kept weights to the layer's outputs in the dense network."""

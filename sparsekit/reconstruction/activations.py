@@ -1,4 +1,4 @@
-"""Passes through a network whose beginning stays as it was, without computing the beginning again."""
+"""A cache of activations, so that repeated passes do not recompute the layers that are final."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor, nn
 
 
 class Replay:
-    """While it is entered, modules that returned before `settled` was withdrawn give what they gave before.
+    """A cache of modules' outputs; while it is entered, modules with a cached output return it without computing.
 
-    For work from the first layer to the last: a pass over a batch runs up to the first layer that is still to change,
-    where the caller says `settled = False`. What modules returned until then depends on nothing that will change, and
-    later passes over the same batch take it from here, so that each pass costs little more than one layer. The
-    outermost such modules are kept, on the host, as far as the memory allows; what is not kept is computed again.
+    It is for work from the first layer to the last. A pass over a batch runs up to the first layer that will still
+    change, where the caller sets `settled = False`. The outputs of modules before that are final, and later passes over
+    the same batch take them from the cache, so that a pass costs little more than one layer. The outputs of the
+    outermost such modules are cached, on the host, as far as the memory allows; others are computed again.
 
-    Modules that write to their arguments are never kept. Whatever else a module does beside returning something is
-    not done again; who cannot rule that out compares a pass with `batch = None` now and then.
+    Modules that write to their arguments are never cached. Other side effects of a cached module do not happen again:
+    if a module may have some, compare with an uncached pass (`batch=None`).
 
     Attributes:
-        batch: which batch the next pass is over, whose inputs must be the same each time; None: all is computed, and
-            nothing is kept.
-        settled: whether all that was computed in this pass is final.
+        batch: the number of the batch of the next pass, whose inputs must be the same each time; None: everything is
+            computed, and nothing is cached.
+        settled: whether everything computed so far in this pass is final.
 
     Args:
-        model: modules are watched by way of their `forward`, which is put back at the end.
-        limit: bytes to keep at most.
+        model: its modules' `forward` methods are replaced, and restored at the end.
+        limit: largest number of bytes in the cache.
     """
 
     def __init__(self, model: nn.Module, limit: int) -> None:
@@ -44,7 +44,7 @@ class Replay:
             name: [other for other in self._modules if other.startswith(f"{name}.")] for name in self._modules
         }
         self._own: dict[str, Any] = {}
-        self._calls: Counter[str] = Counter()  # in this pass
+        self._calls: Counter[str] = Counter()  # of each module in this pass
         self._never: set[str] = set()
         self.batch: int | None = None
         self.settled = False
@@ -63,12 +63,12 @@ class Replay:
         self.forget()
 
     def begin(self, batch: int | None) -> None:
-        """A pass over a batch begins; see `batch`."""
+        """Begin a pass over a batch; see `batch`."""
         self.batch, self.settled = batch, True
         self._calls.clear()
 
     def forget(self) -> None:
-        """Layers from the first on will change again."""
+        """Empty the cache, because layers from the first on will change again."""
         self._kept.clear()
         self._bytes = 0
 
@@ -77,7 +77,7 @@ class Replay:
             if self.batch is None:
                 return forward(*args, **kwargs)
             self._calls[name] += 1
-            if self._calls[name] > 1:  # one output cannot stand for several calls
+            if self._calls[name] > 1:  # one cached output cannot serve several calls
                 self._give_up(name)
             found = self._kept.get(self.batch, {}).get(name)
             if found is not None:
@@ -108,7 +108,7 @@ class Replay:
             return
         for other in self._below[name]:
             self._drop(batch, other)
-        while made.size > self.limit - self._bytes:  # what this batch passed first is needed least
+        while made.size > self.limit - self._bytes:  # the earliest modules of the batch are needed least
             self._drop(batch, next(iter(mine)))
         mine[name] = made.copied()
         self._bytes += made.size
@@ -120,7 +120,7 @@ class Replay:
 
 
 class _Kept:
-    """A module's output, on the host, and where its parts lay."""
+    """A module's output on the host, and the devices of its parts."""
 
     def __init__(self, parts: tuple[Tensor | None, ...], several: bool) -> None:
         self._parts, self._several = parts, several
@@ -128,12 +128,12 @@ class _Kept:
         self.size = sum(part.nbytes for part in parts if part is not None)
 
     def copied(self) -> Self:
-        """With copies of its own, because what comes next may work in place."""
+        """Copy the parts to the host, because later modules may change them in place."""
         self._parts = tuple(None if part is None else part.detach().to("cpu", copy=True) for part in self._parts)
         return self
 
     def again(self) -> Any:
-        """The output, as a copy where it lay."""
+        """A copy of the output on its original devices."""
         placed = zip(self._parts, self._devices, strict=True)
         parts = tuple(None if part is None else part.to(device, copy=True) for part, device in placed)
         return parts if self._several else parts[0]

@@ -1,15 +1,15 @@
-"""Reconstruction: after a cut, every layer is fitted anew to what it gives in the dense network.
+"""Reconstruction: after a cut, every layer is fitted to its outputs in the dense network.
 
 Layer by layer, in the order in which they run, over W on its mask:
 
     min  E ‖W x̂ − W⁰x‖²_B + λ ‖W − W_now‖²
 
-x̂ is the layer's input in the pruned network, with the layers before it fitted already; x and W⁰ are input and weights
-in the dense one; B weights the outputs. Biases are fitted with the weights, and so is that of a batch normalisation
-that follows a layer without one, as together they are one affine map; its statistics stay as they are. No labels are
-used.
-In the change δ = W − W_now it is the removal problem with H = B ⊗ Â + λI, Â = E x̂x̂ᵀ, and the gradient B (W_now Â − C)
-with C = E (W⁰x) x̂ᵀ; the same operators solve it.
+x̂ is the layer's input in the pruned network, whose earlier layers are already fitted; x and W⁰ are input and weights
+in the dense network; B weights the outputs. Biases are fitted with the weights. Where a batch normalisation follows a
+layer without a bias, its bias is fitted, because the two are one affine map; its statistics stay. No labels are used.
+
+For the change δ = W − W_now this is the removal problem with H = B ⊗ Â + λI, Â = E x̂x̂ᵀ, and the gradient
+B (W_now Â − C) with C = E (W⁰x) x̂ᵀ; the same operators solve it.
 
 Reference: Hubara et al., 2021 (AdaPrune); Frantar and Alistarh, 2022 (ExactOBS); layer-wise error feedback.
 """
@@ -39,16 +39,16 @@ from sparsekit.reconstruction.weights import LayerWeights
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How one layer was fitted.
+    """The fit of one layer.
 
     Attributes:
-        name: of the weight; with its rows where only some of them were fitted at a time.
-        error_before, error_after: E ‖W x̂ − W⁰x‖²_B / E ‖W⁰x‖²_B on the examples that were fitted.
-        held_out_before, held_out_after: the same on examples that were not; NaN without any.
+        name: of the weight, with its rows where only some of them were fitted at a time.
+        error_before, error_after: E ‖W x̂ − W⁰x‖²_B / E ‖W⁰x‖²_B on the fitted examples.
+        held_out_before, held_out_after: the same on held-out examples; NaN without any.
         iterations: of conjugate gradients; 0 where the solve was direct.
         residual: of the normal equations, relative to their right side.
-        seconds: for the layer, passes included.
-        left: why it stays as it was, and has no errors; empty where it was fitted.
+        seconds: that the layer took, with its passes.
+        left: why the layer was not fitted, and has no errors; empty where it was fitted.
     """
 
     name: str
@@ -66,20 +66,20 @@ class Reconstruction:
     """The regressions of one pruned network, in the order in which its layers run.
 
     Attributes:
-        left: name of a weight of the space -> why it is left as it is.
+        left: name of a weight of the space -> why it is not fitted.
 
     Args:
         model: pruned, changed in place.
-        dense: the network that it came from, of the same architecture.
+        dense: the dense network, of the same architecture.
         space: the prunable weights.
         mask: removed weights stay zero.
         batches: examples, inputs first; the same at each iteration, see `pairs`.
-        settings: how.
+        settings: of the reconstruction.
         weighting: name of a weight -> B (g, out/g, out/g), up to a factor; identity where there is none.
-        seed: of the positions.
+        seed: of the drawn positions.
 
     Raises:
-        DataError, ModelError: there are no examples to fit, or the two networks do not run alike.
+        DataError, ModelError: there are no examples, or the two networks do not use their weights alike.
         SettingsError: fewer equations than unknowns, and no ridge.
     """
 
@@ -120,14 +120,14 @@ class Reconstruction:
         settings: ReconstructionSettings,
         available: int,
     ) -> None:
-        """Refuse what cannot work, by one pass over a batch, before the model is changed.
+        """Refuse a reconstruction that cannot work, by one pass over a batch, before the model is changed.
 
         Args:
             model: before any cut.
             space: the prunable weights.
-            batches: as many as there will be.
-            settings: how.
-            available: bytes that can be allocated where the model is.
+            batches: as many as the reconstruction will have.
+            settings: of the reconstruction.
+            available: bytes that can be allocated on the model's device.
 
         Raises:
             DataError, ModelError, SettingsError: as the constructor, or a layer's statistics do not fit.
@@ -144,18 +144,18 @@ class Reconstruction:
         return len(self._layers) * self._settings.sweeps
 
     def run(self, skip: int = 0, progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[LayerFit]:
-        """Fit layer after layer; after each, the model holds all that was fitted so far.
+        """Fit layer after layer; after each, the model has all fitted weights so far.
 
-        A layer that cannot be fitted stays as it was, and its `LayerFit.left` says why.
+        A layer that cannot be fitted is not changed, and its `LayerFit.left` says why.
 
         Args:
-            skip: layers that an earlier, interrupted run has fitted; the model holds them.
+            skip: number of layers that an interrupted run has fitted; the model has their weights.
             progress: called with (layers done, layers in all).
         """
         with self._passes:
             for done in range(skip, len(self)):
                 index = done % len(self._layers)
-                if index == 0:  # from the first layer on, all will change once more
+                if index == 0:  # in a new sweep all layers change again
                     self._passes.forget()
                 progress(done, len(self))
                 yield self._fit(index)
@@ -217,7 +217,7 @@ class Reconstruction:
 def output_moments(objective: Objective, fisher: FisherKind, generator: torch.Generator) -> dict[str, Tensor]:
     """E G_n G_nᵀ of the weights' gradient rows (see `gradient_rows`): name -> (groups, out/groups, out/groups).
 
-    Of weights of two or more dimensions; as a weighting of outputs, those count more whose weights matter more.
+    Only for weights of two or more dimensions. As a weighting, outputs with more sensitive weights count more.
     """
     totals: dict[str, Tensor] = {}
     for rows in gradient_rows(objective, fisher, generator=generator):

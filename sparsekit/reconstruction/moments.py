@@ -1,16 +1,16 @@
-"""Moments of a layer's inputs and targets, from which its regression is solved and judged."""
+"""Moments of a layer's inputs and targets, from which its regression is solved and its error computed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: Half the inputs of a product XᵀX from which on it is taken by halves.
+#: A product XᵀX is computed in halves if half of its inputs are at least this many.
 SMALLEST_GRAM = 96
 
 
 class Moments:
-    """Â = E x̂x̂ᵀ, C = E z x̂ᵀ and E zᵀBz over rows, by group, in float64; products are taken in float32 at least."""
+    """Â = E x̂x̂ᵀ, C = E z x̂ᵀ and E zᵀBz over rows, by group, in float64; products are at least in float32."""
 
     def __init__(self, B: Tensor | None) -> None:
         self.count = 0
@@ -18,7 +18,7 @@ class Moments:
         self._sums: tuple[Tensor, Tensor, Tensor] | None = None
 
     def add(self, X: Tensor, Z: Tensor) -> None:
-        """Inputs (g, rows, in) and targets (g, rows, out)."""
+        """Add inputs (g, rows, in) and targets (g, rows, out)."""
         with torch.autocast(X.device.type, enabled=False):
             X, Z = (part if part.dtype == torch.float64 else part.float() for part in (X, Z))
             weighted = Z if self._B is None else Z @ self._B.to(Z)
@@ -31,7 +31,7 @@ class Moments:
         self.count += X.shape[1]
 
     def means(self, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(Â, C, E zᵀBz), the last input, a constant one, multiplied by `scale`, where there is one."""
+        """(Â, C, E zᵀBz); with a `scale`, the last input, a constant one, is multiplied by it."""
         assert self._sums is not None
         A, C, length = (total / self.count for total in self._sums)
         if scale is not None:
@@ -51,7 +51,7 @@ class Moments:
 
 
 def _gram(X: Tensor) -> Tensor:
-    """XᵀX by group, its blocks below the diagonal copied from above: up to half of the multiplications."""
+    """XᵀX by group; blocks below the diagonal are copied from above, which saves up to half of the products."""
     half = X.shape[-1] // 2
     if half < SMALLEST_GRAM:
         return X.mT @ X

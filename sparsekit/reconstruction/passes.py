@@ -1,4 +1,4 @@
-"""Passes over the pruned and the dense network: what calls their weights, and a layer's inputs and targets."""
+"""Passes over the pruned and the dense network: the uses of their weights, and a layer's inputs and targets."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from sparsekit.reconstruction.uses import Call, Norm, Piece, Seen, WeightCalls
 
 
 class _Reached(Exception):
-    """The last call of the layer in question was seen; the rest of the pass is not needed."""
+    """The layer's last call was reached; the rest of the pass is not needed."""
 
 
 class Passes:
-    """Passes over both networks; while it is entered, these are left as found, and beginnings are not computed again.
+    """Passes over both networks; while it is entered, outputs of final layers are cached and the networks unchanged.
 
     Attributes:
-        others: name of a weight -> by what it is used in the pruned network that is neither a linear map nor a
-            convolution; known after `calls`.
+        others: name of a weight -> the function, neither a linear map nor a convolution, that uses it in the pruned
+            network; known after `calls`.
 
     Args:
         pruned, dense: of the same architecture.
         space: the prunable weights.
         batches: examples, inputs first; the same at each iteration, see `pairs`.
-        positions: of an example's output that are used at most; None: all.
-        cache: bytes of activations that are kept, at most.
+        positions: largest number of positions that are used of an example's output; None: all.
+        cache: largest number of bytes of cached activations.
     """
 
     def __init__(
@@ -72,22 +72,22 @@ class Passes:
         return self._modes["pruned"].others
 
     def forget(self) -> None:
-        """Layers from the first on will change again."""
+        """Empty the caches, because layers from the first on will change again."""
         for replay in self._replays.values():
             replay.forget()
 
     def rest(self) -> None:
-        """No pass is under way: modules that others call compute."""
+        """End the pass: modules compute when they are called from elsewhere."""
         for replay in self._replays.values():
             replay.batch = None
 
     def inputs(self) -> Iterator[Tensor]:
-        """The inputs of each batch, where the networks are."""
+        """The inputs of each batch, on the networks' device."""
         device = next(self._networks["pruned"].parameters()).device
         return (inputs for inputs, _ in pairs(self._batches, device))
 
     def calls(self, which: str) -> tuple[list[Call], dict[Piece, Norm]]:
-        """All calls of weights in a pass of one network over the first batch, and the normalisations that follow."""
+        """All calls of weights in a pass of one network over the first batch, and the normalisations after them."""
         found: list[Call] = []
         norms: dict[Piece, Norm] = {}
 
@@ -108,12 +108,12 @@ class Passes:
             with torch.no_grad(), plain_attention(), mode:
                 self._networks[which](inputs)
         finally:
-            mode.seen = plain  # it holds what was seen
+            mode.seen = plain  # `seen` refers to the tensors of the pass
 
     def distrust(self, layer: Regression) -> None:
-        """Keep nothing more where modules do more than return something, as the first batch shows.
+        """Turn the cache off where modules have side effects: where cached and computed passes of a batch differ.
 
-        Both networks have the same modules, so that one of them is looked at.
+        Both networks have the same modules, so only the pruned one is checked.
         """
         replay = self._replays["pruned"]
         if not replay.limit:
@@ -127,7 +127,7 @@ class Passes:
                 each.forget()
 
     def _uses(self, layer: Regression, inputs: Tensor, replay: Replay, batch: int | None) -> list[Tensor]:
-        """What the layer is given in a pass of the pruned network up to its last use."""
+        """The layer's inputs in a pass of the pruned network up to its last use."""
         found: list[Tensor] = []
 
         def seen(call: Call, compute: Callable[[], Tensor]) -> Tensor:
@@ -159,7 +159,7 @@ class Passes:
             number: of the batch.
             inputs: the batch's.
             generator: draws the positions.
-            bias: the one that is fitted with the layer, as it is now.
+            bias: the present value of the bias that is fitted with the layer.
             moments: of the layer.
 
         Raises:
@@ -210,5 +210,5 @@ class Passes:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for the order in which an accelerator adds up."""
+    """Whether two tensors are equal up to the order of summation on an accelerator."""
     return bool((a - b).norm() <= 1e-3 * a.norm()) if a.is_floating_point() else torch.equal(a, b)

@@ -1,4 +1,4 @@
-"""Which weights can be fitted: one regression for each, found in a pass over one batch of both networks."""
+"""The regressions, one for each weight that can be fitted, found by a pass over one batch of both networks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsekit.reconstruction.uses import Call, Norm, Piece
 class Regression:
     """One regression: a weight, or rows of it, with all the calls that use them.
 
-    `width` counts the inputs of a row, with the bias where it is fitted too; `rows` the equations there will be.
+    `width` is the number of inputs of a row, plus one if a bias is fitted; `rows` is the number of equations.
     """
 
     piece: Piece
@@ -28,14 +28,14 @@ class Regression:
     calls: int
     bias: Piece | None
     rows: int
-    norms: tuple[Norm, Norm] | None = None  # that follows, in the pruned and in the dense network; `bias` is of it
+    norms: tuple[Norm, Norm] | None = None  # the one after it, pruned and dense; `bias` is its own
 
     def target(self, Z: Tensor, bias: Tensor | None) -> Tensor:
-        """Outputs (g, rows, out) that give in the pruned network what Z gives in the dense one, once normalised.
+        """Targets (g, rows, out) that are, after the pruned network's normalisation, what Z is after the dense one's.
 
         Args:
             Z: outputs in the dense network.
-            bias: of the normalisation in the pruned one, (out,), as it is now.
+            bias: of the normalisation in the pruned one, (out,), its present value.
         """
         if self.norms is None or bias is None:
             return Z
@@ -73,10 +73,10 @@ def regressions(
         space: the prunable weights.
         passes: 'pruned' and 'dense' -> the calls of weights in a pass over the first batch, and the normalisations
             that follow them.
-        others: name of a weight -> by what it is used that is neither a linear map nor a convolution.
-        examples: in the first batch.
-        fitted: examples that are fitted in all.
-        positions: of an example's output that are used at most; None: all.
+        others: name of a weight -> the function, neither a linear map nor a convolution, that uses it.
+        examples: number in the first batch.
+        fitted: number of fitted examples in all.
+        positions: largest number of positions that are used of an example's output; None: all.
         norms: whether the bias of a normalisation that follows a layer without one is fitted.
 
     Raises:
@@ -101,7 +101,7 @@ def regressions(
             continue
         bias = uses[0].bias if len({call.bias for call in uses}) == 1 else None
         if bias is not None and (biased[bias] > 1 or not network.get_parameter(bias.name).requires_grad):
-            bias = None  # shared, or frozen: it stays as it is
+            bias = None  # shared or frozen: not fitted
         followed = None
         if norms and len(uses) == 1 and uses[0].bias is None and piece in following:
             name = following[piece].name
@@ -119,7 +119,7 @@ def regressions(
 
 
 def _obstacle(piece: Piece, uses: Sequence[Call], order: Sequence[Piece], others: Mapping[str, str]) -> str | None:
-    """Why a weight cannot be fitted, where it cannot."""
+    """Why a weight cannot be fitted; None if it can."""
     if any(other != piece and _overlap(other, piece) for other in order):
         return "its rows are used both together and in parts"
     if piece.name in others:

@@ -1,4 +1,4 @@
-"""A layer's regression as linear algebra: moments in, weights out; no network."""
+"""The solution of a layer's regression from its moments."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from sparsekit.errors import CurvatureError
 from sparsekit.linalg import KroneckerDiagonal, LinearOperator, RepeatedBlock
 from sparsekit.reconstruction.moments import Moments
 
-#: Inputs of a row up to which its own system is factorised; beyond, all rows are solved by conjugate gradients.
+#: Largest number of inputs at which each row's system is factorised; beyond, rows are solved by conjugate gradients.
 DIRECT = 1024
 
-#: Added to an output weighting B, relative to the mean of its diagonal: outputs that B forgets keep a say.
+#: Added to an output weighting B, relative to the mean of its diagonal, so that no output has weight zero.
 OUTPUT_DAMPING = 1.0
 
 
 class Solution(NamedTuple):
-    """A regression solved.
+    """The solution of a regression.
 
     Attributes:
         weights: (g, out, in); the last input is the bias's where it is fitted.
-        before: the weights that it started from, in the same units.
-        scale: of the constant input that the bias belongs to; None: no bias is fitted.
+        before: the weights before the fit, in the same units.
+        scale: of the constant input of the bias; None: no bias is fitted.
         iterations, residual: of the solve; the residual of the normal equations, relative to their right side.
     """
 
@@ -41,26 +41,26 @@ def solve(
     """Minimise E ‖W x̂ − z‖²_B + λ ‖W − W_now‖² over the kept weights.
 
     Args:
-        W: (g, out, in), the weights now; with `biased` the last input is the bias's.
+        W: (g, out, in), the present weights; with `biased` the last input is the bias's.
         kept: (g, out, in) bool.
         B: (g, out, out); None for the identity.
-        moments: of the examples that are fitted.
+        moments: of the fitted examples.
         biased: whether the last input is constant.
         ridge: λ in units of the mean of Â's diagonal.
-        smallest_ridge: the least λ in these units: the rounding of the products.
+        smallest_ridge: the least λ in these units, given by the rounding of the products.
 
     Raises:
         CurvatureError: it cannot be solved.
     """
     scale = None
     if biased:
-        # The bias is the weight of a constant input of the size of the others, so that the ridge treats it alike.
+        # The bias is the weight of a constant input as large as the others, so that the ridge treats it alike.
         plain = moments.means(None)[0].diagonal(dim1=1, dim2=2)[:, :-1]
         scale = float(plain.mean().sqrt()) or 1.0
         W = torch.cat([W[:, :, :-1], W[:, :, -1:] / scale], dim=2)
     A, C, _ = moments.means(scale)
     diagonal = A.diagonal(dim1=1, dim2=2)
-    free = kept & (diagonal > 0)[:, None]  # of inputs that are always zero nothing is known
+    free = kept & (diagonal > 0)[:, None]  # inputs that are always zero determine nothing
     if not bool(free.any()):
         return Solution(W, W, scale, 0, 0.0)
     gradient = W @ A - C
@@ -80,7 +80,7 @@ def solve(
 
 
 def _operator(A: Tensor, B: Tensor | None, ridge: float, outputs: int) -> LinearOperator:
-    """(B ⊗ Â + λI)⁻¹ on the rows of a group after those of the one before."""
+    """(B ⊗ Â + λI)⁻¹ on the rows of all groups, group after group."""
     if B is None and A.shape[1] <= DIRECT:
         damped = A + ridge * torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
         return RepeatedBlock.of_precision(damped, outputs)
@@ -93,12 +93,12 @@ def _operator(A: Tensor, B: Tensor | None, ridge: float, outputs: int) -> Linear
 
 
 def output_weighting(B: Tensor, start: int, stop: int, W: Tensor) -> Tensor | None:
-    """B, (g, out, out), for rows `start` to `stop` of a weight, its diagonal one in the mean; None where it is zero.
+    """B, (g, out, out), for rows `start` to `stop` of a weight, with mean diagonal one; None where it is zero.
 
     Args:
-        B: for the whole weight, in groups of its own, such as a packed projection's three; a layer may see one of them.
-        start: the first of the rows.
-        stop: after the last of them.
+        B: for the whole weight, in its own groups, such as the three of a packed projection, one of which a layer uses.
+        start: the first row.
+        stop: one past the last row.
         W: (g, out, in), for its shape, type and device.
     """
     whole, outputs = torch.block_diag(*B.to(W))[start:stop, start:stop], W.shape[1]

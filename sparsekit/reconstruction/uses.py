@@ -1,4 +1,4 @@
-"""What weights are multiplied with: every use of one in a linear map or a convolution, found while the model runs."""
+"""The uses of weights in linear maps and convolutions, recorded while the model runs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sparsekit.problem.parameters import ParameterSpace
 
 
 class Piece(NamedTuple):
-    """Rows of a parameter: all of them, or those that one use of a packed parameter takes.
+    """Rows of a parameter: all of them, or those in one use of a packed parameter.
 
     Attributes:
         name: of the parameter.
-        start, stop: in its first dimension.
+        start, stop: rows, in its first dimension.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Call:
     """One use of a weight W (out, in/g, *kernel) in g groups: outputs W x + bias at every position.
 
     Attributes:
-        weight: which rows of which parameter of the space.
-        bias: of which parameter of the model, None where there is none or it is none of the model's.
-        offset: the bias itself, (out,), detached; None where there is none.
+        weight: the rows of a parameter of the space.
+        bias: the rows of the model's parameter; None without a bias, or where it is not a parameter of the model.
+        offset: the bias itself, (out,), detached; None without a bias.
         groups: g.
-        input: as it was given, detached.
+        input: detached.
         kernel, stride, padding, dilation: of a convolution, by axis; empty for a linear map.
     """
 
@@ -65,7 +65,7 @@ class Call:
         return self.input.shape[1] // self.groups * prod(self.kernel) if self.kernel else self.input.shape[-1]
 
     def rows(self, most: int | None, examples: int) -> int:
-        """How many rows `inputs` has at the positions that `positions` draws."""
+        """The number of rows of `inputs` at the positions that `positions` draws."""
         if self.kernel:
             count = prod(self.extent)
             return len(self.input) * (count if most is None else min(count, most))
@@ -73,14 +73,14 @@ class Call:
         return count if most is None else min(count, most * examples)
 
     def positions(self, most: int | None, examples: int, generator: torch.Generator) -> Tensor | None:
-        """Positions to look at, drawn without replacement; None for all.
+        """Positions drawn without replacement; None for all.
 
-        Of a convolution (b, ·) into the flattened extent, the draw of each example its own. Of a linear map (·,) into
-        its flattened inputs, over all examples.
+        For a convolution (b, ·), indices into the flattened extent, drawn separately for each example. For a linear map
+        (·,), indices into its flattened inputs, over all examples.
 
         Args:
-            most: at most so many for each example.
-            examples: in the batch.
+            most: largest number for each example.
+            examples: number in the batch.
             generator: a CPU generator.
         """
         here = self.input.device
@@ -93,12 +93,12 @@ class Call:
         return torch.rand(len(self.input), count, generator=generator).topk(most, dim=1).indices.to(here)
 
     def inputs(self, positions: Tensor | None = None) -> Tensor:
-        """What the weight is multiplied with, (g, rows, in/g · kernel); rows are examples times positions."""
+        """The inputs that the weight multiplies, (g, rows, in/g · kernel); rows are examples times positions."""
         a = self.input
         if not self.kernel:
             X = a.reshape(-1, a.shape[-1])
             return (X if positions is None else X[positions])[None]
-        if len(self.kernel) == 1:  # images of one row
+        if len(self.kernel) == 1:  # as images of one row
             image, axes = (
                 a.unsqueeze(2),
                 [(1, *self.kernel), (1, *self.stride), (0, *self.padding), (1, *self.dilation)],
@@ -120,17 +120,17 @@ class Call:
         return patches.reshape(len(patches), self.groups, -1).transpose(0, 1)
 
     def outputs(self, z: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The same positions of its output z, (g, rows, out/g)."""
+        """The output z at the same positions, (g, rows, out/g)."""
         if not self.kernel:
             Z = z.reshape(-1, z.shape[-1])
             return (Z if positions is None else Z[positions])[None]
-        Z = (z if z.dim() > len(self.kernel) + 1 else z[None]).flatten(2)  # of a single example
+        Z = (z if z.dim() > len(self.kernel) + 1 else z[None]).flatten(2)  # z of a single example has no batch
         if positions is not None:
             Z = Z.gather(2, positions[:, None].expand(-1, Z.shape[1], -1))
         return Z.mT.reshape(-1, self.groups, Z.shape[1] // self.groups).transpose(0, 1)
 
 
-#: What stands in for a call: it is given the call and what computes it.
+#: A replacement for a call: takes the call and the function that computes it.
 Seen = Callable[[Call, Callable[[], Tensor]], Tensor]
 
 
@@ -139,7 +139,7 @@ class Norm(NamedTuple):
 
     Attributes:
         name: of the bias, a parameter of the model.
-        mean, scale, bias: (channels,), as they are.
+        mean, scale, bias: (channels,), their present values.
     """
 
     name: str
@@ -149,19 +149,18 @@ class Norm(NamedTuple):
 
 
 class WeightCalls(TorchFunctionMode):
-    """While it is entered, `seen(call, compute)` stands in for every call with a weight of the space.
+    """While it is entered, `seen(call, compute)` replaces every call with a weight of the space.
 
-    Functions are intercepted, not modules, so that weights count wherever they are used: in several places, outside
-    of their module, or by the piece, as attention does with packed projections.
+    Functions are intercepted, not modules, so that all uses of weights are found: in several places, outside of their
+    module, or in parts, as attention uses packed projections.
 
     Attributes:
-        seen: returns the call's output; `compute()` is that.
-        normed: is told of a call and the batch normalisation that takes its output, where that comes next.
-        others: name of a weight -> a function that something else was computed with from it, such as a lookup or a
-            product with its transpose.
+        seen: returns the call's output, which `compute()` computes.
+        normed: called with a call and the batch normalisation of its output, where that comes next.
+        others: name of a weight -> another function that uses it, such as a lookup or a product with its transpose.
 
     Args:
-        model: whose biases are told by name.
+        model: the owner of the biases.
         space: the weights.
         seen: see above.
     """
@@ -184,7 +183,7 @@ class WeightCalls(TorchFunctionMode):
     ) -> Any:
         given = dict(kwargs or {})
         if func is F.multi_head_attention_forward:
-            # It calls linear maps itself, and would end here again if it asked whether anyone is listening.
+            # It calls linear maps itself; if `has_torch_function` were true, it would be dispatched here again.
             with self, mock.patch.object(F, "has_torch_function", lambda tensors: False):
                 return func(*args, **given)
         if func is F.batch_norm:
@@ -201,7 +200,7 @@ class WeightCalls(TorchFunctionMode):
         made = [part for part in (output if isinstance(output, tuple | list) else [output]) if _floating(part)]
         for tensor in given:
             name, weight = self._weights.get(_storage(tensor), ("", None))
-            # views are not yet anything computed
+            # views of the weight are not results computed from it
             if weight is not None and any(_storage(part) != _storage(weight) for part in made):
                 self.others[name] = getattr(func, "__name__", str(func))
 
@@ -243,7 +242,7 @@ class WeightCalls(TorchFunctionMode):
         if not axes:
             return Call(piece, of, offset, 1, a)
         kernel, stride, dilation = tuple(weight.shape[2:]), _by_axis(stride, axes), _by_axis(dilation, axes)
-        if isinstance(padding, str):  # 'same' pads the right side more where the total is odd
+        if isinstance(padding, str):  # 'same' pads one more on the right if the total is odd
             total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
             a = F.pad(a, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
             padding = 0
@@ -252,7 +251,7 @@ class WeightCalls(TorchFunctionMode):
         return Call(piece, of, offset, groups, a, kernel, stride, _by_axis(padding, axes), dilation)
 
 
-#: The functions that are intercepted -> axes of their kernels.
+#: Intercepted function -> number of axes of its kernel.
 _AXES: dict[Any, int] = {F.linear: 0, F.conv1d: 1, F.conv2d: 2}
 
 
@@ -265,7 +264,7 @@ def _floating(given: Any) -> bool:
 
 
 def _storage(given: Any) -> int | None:
-    """Where a tensor's numbers lie, the same for all its views; None for what has none."""
+    """The address of a tensor's memory, the same for all its views; None without one."""
     if not isinstance(given, Tensor) or given.layout != torch.strided:
         return None
     return given.untyped_storage().data_ptr() or None
@@ -276,7 +275,7 @@ def _by_storage(tensors: Mapping[str, Tensor]) -> dict[int | None, tuple[str, Te
 
 
 def _piece(tensor: Tensor, known: Mapping[int | None, tuple[str, Tensor]]) -> Piece | None:
-    """Which rows of a known parameter a tensor is; None where it is none."""
+    """The rows of a known parameter that a tensor is a view of; None where it is not such a view."""
     name, base = known.get(_storage(tensor), ("", None))
     if base is None or tensor.shape[1:] != base.shape[1:] or not tensor.is_contiguous() or not len(tensor):
         return None

@@ -1,4 +1,4 @@
-"""A layer's weights and bias as one matrix by group, read from the model and written back on its mask."""
+"""A layer's weights and bias as one matrix for each group, read from the model and written back with its mask."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LayerWeights:
         return self._model.get_parameter(piece.name).detach()[piece.start : piece.stop]
 
     def bias(self, piece: Piece | None) -> Tensor | None:
-        """The same of a bias, None where there is none."""
+        """The same for a bias; None without one."""
         return None if piece is None else self.tensor(piece)
 
     def read(self, layer: Regression) -> Tensor:
@@ -39,7 +39,7 @@ class LayerWeights:
         return torch.cat([W, bias if layer.norms is None else torch.zeros_like(bias)], dim=2)
 
     def kept(self, layer: Regression, W: Tensor) -> Tensor:
-        """The mask in the shape of W, (g, out, in); what is not prunable is kept."""
+        """The mask in the shape of W, (g, out, in); True for weights that are not prunable."""
         parts = [piece for piece in (layer.piece, layer.bias) if piece is not None]
         columns = []
         for piece in parts:
@@ -52,7 +52,7 @@ class LayerWeights:
         return torch.cat(columns, dim=2)
 
     def write(self, layer: Regression, W: Tensor, scale: float | None) -> None:
-        """Put W (g, out, in) into the model, removed weights as zeros; `scale` is of the bias's input."""
+        """Write W (g, out, in) to the model, removed weights as zeros; `scale` is that of the bias's input."""
         weight = self.tensor(layer.piece)
         inputs = layer.width - (layer.bias is not None)
         kept = self.kept(layer, W)

@@ -1,1 +1,1 @@
-"""Plugins: the hooks, the built-ins and what is installed."""
+"""Plugins: the hooks, the built-ins and the installed plugins."""

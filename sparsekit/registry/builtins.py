@@ -1,4 +1,4 @@
-"""What the core itself registers, through the same hooks as any plugin."""
+"""The components that the core registers, through the same hooks as any plugin."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What is there to run: the built-ins and every installed plugin."""
+"""The registry of the built-ins and all installed plugins."""
 
 from __future__ import annotations
 

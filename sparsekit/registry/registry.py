@@ -1,4 +1,4 @@
-"""Finds plugins and what they register. One that fails to import is a finding, fatal only when asked for."""
+"""The registry of plugins. A plugin that fails to load is listed with its error, which is raised only if it is used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[str, type]] = {
 
 @dataclass
 class PluginInfo:
-    """One plugin: where it comes from, what it registers, whether it works."""
+    """One plugin: its distribution, what it registers, and its error if it has one."""
 
     name: str
     distribution: str
@@ -40,18 +40,18 @@ class PluginInfo:
 
     @property
     def status(self) -> str:
-        """`ok`, or what went wrong, in one line that any terminal can show."""
+        """`ok`, or the error in one printable line."""
         if self.error is None:
             return "ok"
         try:
             message = str(self.error)
-        except Exception as error:  # the plugin's own class may go wrong here too
+        except Exception as error:  # the error's class is the plugin's and may fail here too
             message = f"its message cannot be had, {type(error).__name__}"
         return f"{type(self.error).__name__}: " + "".join(c if c.isprintable() else " " for c in message)
 
 
 class Registry:
-    """All that is registered under the entry-point group `sparsekit`, by kind and name."""
+    """All components under the entry-point group `sparsekit`, by kind and name."""
 
     def __init__(self, builtins: ModuleType, entry_points: Iterable[metadata.EntryPoint] | None = None) -> None:
         self.plugins: list[PluginInfo] = []
@@ -64,10 +64,10 @@ class Registry:
             dist = point.dist
             info = PluginInfo(point.name, dist.name if dist else point.value, dist.version if dist else "unknown")
             try:
-                # what a plugin prints is no part of a command's result, which scripts read
+                # a plugin's prints must not mix with a command's output, which scripts read
                 with redirect_stdout(sys.stderr):
                     module = point.load()
-            except BaseException as error:  # whatever a plugin does wrong, `sys.exit` too, is its finding, not our end
+            except BaseException as error:  # any error of a plugin, also `sys.exit`, is recorded and ends nothing
                 info.error = error
                 self.plugins.append(info)
                 continue
@@ -75,7 +75,7 @@ class Registry:
 
     def _register(self, info: PluginInfo, module: Any) -> None:
         self.plugins.append(info)
-        # A manager of its own for each plugin: a failing or misspelt hook is then known to be this plugin's.
+        # One manager for each plugin, so that a failing or misspelt hook is attributed to it.
         manager = pluggy.PluginManager(hookspecs.PROJECT)
         manager.add_hookspecs(hookspecs)
         try:
@@ -96,7 +96,7 @@ class Registry:
                 self._add(info, kind, name, cls)
 
     def _add(self, info: PluginInfo, kind: str, name: str, cls: Any) -> None:
-        """Put it under its name; a built-in keeps its own, and whoever wants it too is told."""
+        """Register a component under its name; a built-in keeps its name, and a plugin that uses it gets an error."""
         known = self._found[kind].setdefault(name, [])
         if known and known[0][0] is self.plugins[0]:
             info.error = PluginError(f"the {kind} '{name}' is sparsekit's own, which is used; rename the plugin's")

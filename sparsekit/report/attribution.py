@@ -1,7 +1,7 @@
-"""Paired comparisons: each point against the reference, and what mask, compensation and reconstruction give.
+"""Paired differences: each point against the reference, and the parts of mask, compensation and reconstruction.
 
-Three arms are held apart. The mask's part is a point without compensation and reconstruction minus the reference's;
-what a compensation or a reconstruction gives is the point with it minus the same point without. All are taken seed by
+The mask's part is a point without compensation and reconstruction minus the reference's such point. The part of a
+compensation or a reconstruction is the point with it minus the same point without it. All differences are taken seed by
 seed.
 """
 
@@ -14,18 +14,18 @@ from typing import Literal
 from sparsekit.report.spread import Difference, Metric, Spread
 from sparsekit.report.summary import Phase, Point, TaskSummary, label
 
-#: The axes that the parts are taken along.
+#: The axes that have a part of the difference.
 ARMS = ("compensation", "reconstruction")
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What one of the three gives to a method.
+    """The part of mask, compensation or reconstruction in a method's difference.
 
     Attributes:
-        kind: which.
-        method: whose.
-        where: the other arms, in words.
+        kind: which of the three.
+        method: the method's name.
+        where: the values of the other axes, in words.
         point, base: with it and without it; None where the comparison has no such point.
         missing: why there is no difference; '' where there is one.
     """
@@ -38,19 +38,19 @@ class Part:
     missing: str = ""
 
     def difference(self, metric: Metric, sparsity: float, phase: Phase) -> Difference | None:
-        """With minus without; None where there is nothing to compare."""
+        """The metric with minus without; None where one of the two points is missing."""
         if self.point is None or self.base is None:
             return None
         return difference(self.point, self.base, metric, sparsity, phase)
 
 
 def difference(point: Point, other: Point, metric: Metric, sparsity: float, phase: Phase) -> Difference | None:
-    """The first's metric minus the second's, seed by seed; None where no seed is in both."""
+    """The first point's metric minus the second's, seed by seed; None where no seed is in both."""
     return Difference.of(point.metric(metric, sparsity, phase), other.metric(metric, sparsity, phase))
 
 
 def counterpart(point: Point, candidates: Sequence[Point]) -> Point | None:
-    """The candidate that shares most axes with the point; of equals one of the same reconstruction, or the first."""
+    """The candidate that shares most axes with the point; ties go to the same reconstruction, then to the first."""
 
     def nearness(candidate: Point) -> tuple[int, bool]:
         same = {axis for axis, value in point.axes.items() if axis != "method" and candidate.axes.get(axis) == value}
@@ -67,7 +67,7 @@ def references(task: TaskSummary, method: str | None) -> dict[Point, Point]:
 
 
 def tied(task: TaskSummary, sparsity: float, phase: Phase) -> tuple[Point | None, list[Point]]:
-    """The best point, and those whose difference to it is a tie (or exactly zero on average)."""
+    """The best point, and the points whose difference to it is a tie (or exactly zero on average)."""
     ranked = task.ranked(sparsity, phase)
     if not ranked:
         return None, []
@@ -83,7 +83,7 @@ def _is_tied(metric: Metric, point: Point, best: Point, sparsity: float, phase: 
 
 
 def parts(task: TaskSummary, method: str | None) -> list[Part]:
-    """All parts that the plan asks about, with those that it has no arm for; `method` is the reference's."""
+    """All parts, also those for which the plan has no run; `method` is the reference."""
     bare = [p for p in task.points if p.method == method and all(p.axes.get(axis) == "none" for axis in ARMS)]
     found: list[Part] = []
     for (name, rest), arms in _groups(task).items():
@@ -120,7 +120,7 @@ def _mask(name: str, place: str, arms: Arms, bare: Sequence[Point], reference: s
 
 
 def _along(kind: Literal["compensation", "reconstruction"], name: str, place: str, arms: Arms) -> Iterator[Part]:
-    """One part for each point that has it."""
+    """One part for each point with this compensation or reconstruction."""
     mine = ARMS.index(kind)
     other = ARMS[1 - mine]
     having = {arm: point for arm, point in arms.items() if arm[mine] != "none"}

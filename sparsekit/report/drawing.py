@@ -1,6 +1,6 @@
-"""How figures are drawn: panels with one legend below, lines told apart without colours, SVG that can stand in a page.
+"""Drawing of figures: panels with one legend below, lines that differ without colours, SVG to embed in a page.
 
-With `figures` the only file that imports matplotlib; no pyplot, whose state would be the process's.
+Only this module and `figures` import matplotlib; pyplot is not used, because its state is global.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import NullLocator
 
-#: Lines in one panel, so that they can be told apart.
+#: Largest number of lines in a panel; more could not be distinguished.
 MOST = 8
 
-#: Okabe and Ito's colours, of different lightness, with the markers and dashes that tell them apart in grey.
+#: Okabe and Ito's colours, of different lightness, with markers and dashes that distinguish them in grey.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#000000", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
@@ -29,7 +29,7 @@ DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 #: Inches.
 WIDTH, HEIGHT = 10.0, 3.1
 
-#: Text becomes outlines, so that nothing overlaps where a font is missing; ids are the same in every execution.
+#: Text is drawn as outlines, so that nothing overlaps where a font is missing; ids are the same in every execution.
 LOOK: dict[Any, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "sparsekit",
@@ -50,8 +50,8 @@ class Figure:
     Attributes:
         name: unique in the page; its id.
         title: one line.
-        caption: what is shown, with what was left out.
-        svg: an element that refers to nothing outside of itself.
+        caption: what is shown and what is left out.
+        svg: an element without references to anything outside it.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Panel:
     Attributes:
         title: above it.
         draw: called with the axes and with the style of each label in this panel.
-        labels: of what it draws, in the legend's words.
+        labels: of its lines, as in the legend.
     """
 
     title: str
@@ -77,7 +77,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Style:
-    """Of one line: the arguments of `Axes.plot`."""
+    """The style of one line, as arguments of `Axes.plot`."""
 
     colour: str
     marker: str
@@ -104,7 +104,7 @@ Styles = Mapping[str, Style]
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
-    """One for each label, the same in all panels of a figure."""
+    """A style for each label, the same in all panels of a figure."""
     found = {}
     for i, label in enumerate(dict.fromkeys(labels)):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]
@@ -126,12 +126,12 @@ def draw(
 
     Args:
         name: its id in the page.
-        title: for the page, and for who cannot see the drawing.
-        caption: the same, with what was left out.
+        title: for the page and for screen readers.
+        caption: for both, with what was left out.
         panels: drawn in order, `columns` in a row.
         known: the style of each label.
-        columns: of panels at most.
-        tall: inches of one row of panels.
+        columns: largest number of panels side by side.
+        tall: height of one row of panels in inches.
     """
     wide = min(columns, len(panels))
     deep = -(-len(panels) // wide)
@@ -158,12 +158,12 @@ def draw(
 
 
 def literal(text: str) -> str:
-    """Text that matplotlib draws as it stands: a dollar sign in a name begins no formula."""
+    """Text escaped for matplotlib, so that a dollar sign in a name does not begin a formula."""
     return text.replace("$", r"\$")
 
 
 def _embedded(svg: str, name: str, title: str, caption: str) -> str:
-    """The element alone, its ids made unique in the page, named for screen readers, as wide as there is room."""
+    """The SVG element alone, with ids that are unique in the page, a name for screen readers, and no fixed width."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', svg)
@@ -179,8 +179,8 @@ def _embedded(svg: str, name: str, title: str, caption: str) -> str:
 
 
 def sparsity_axis(axes: Axes, sparsities: Sequence[float]) -> None:
-    """Sparsity in %, spaced by the logarithm of what remains, so that high sparsities stand apart."""
-    axes.set_xlim(1.15 * (1 - min(sparsities)), (1 - max(sparsities)) / 1.15)  # first: one sparsity alone has no range
+    """Set up an axis of sparsity in %, logarithmic in the kept fraction, so that high sparsities are spread out."""
+    axes.set_xlim(1.15 * (1 - min(sparsities)), (1 - max(sparsities)) / 1.15)  # first: a single sparsity has no range
     axes.set_xscale("log")
     axes.set_xticks([1 - s for s in sparsities], [f"{round(100 * s, 4):g}" for s in sparsities])
     axes.xaxis.set_minor_locator(NullLocator())

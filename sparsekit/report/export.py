@@ -1,4 +1,4 @@
-"""The figures as data: every run's in CSV, the aggregated ones in JSON."""
+"""The results as data: those of every run in CSV, aggregated ones in JSON."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from sparsekit.runs.schema import LevelRecord, RunRecord
 
 
 def results_csv(summary: Summary) -> str:
-    """One row for each finished run, level and phase, in the plan's order; nothing in it depends on time.
+    """One row for each finished run, level and phase, in the plan's order.
 
-    Two executions of one comparison therefore give the same bytes.
+    No column depends on time, so that two executions of one comparison give the same bytes.
     """
     axes, metrics = _axes(summary), _metrics(summary)
     tasks = {task.name: task for task in summary.tasks}
@@ -83,12 +83,12 @@ def _csv(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> object:
-    """A text that a spreadsheet would take for a formula is marked as text."""
+    """The value; text that a spreadsheet would read as a formula is marked as text."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
 def results_json(summary: Summary) -> str:
-    """The aggregated figures as strict JSON: null where one is not finite."""
+    """The aggregated results as strict JSON: null where a number is not finite."""
     plan = summary.comparison.plan
     content = {
         "name": plan.name,

@@ -17,7 +17,7 @@ from sparsekit.runs.schema import RunRecord, StepRecord
 
 
 def of_task(task: TaskSummary, name: str) -> list[Figure]:
-    """All that the records have something for; `name` begins their ids."""
+    """All figures for which the records have data; `name` is the prefix of their ids."""
     found: list[Figure | None] = []
     for phase in task.phases:
         found += [accuracy(task, phase, f"{name}-{phase}"), pareto(task, phase, f"{name}-pareto-{phase}")]
@@ -27,7 +27,7 @@ def of_task(task: TaskSummary, name: str) -> list[Figure]:
 
 
 def panels(points: Sequence[Point], body: Callable[[Sequence[Point], Axes, Styles], None]) -> list[Panel]:
-    """One for each value of reconstruction; where that is more than eight lines, of compensation too."""
+    """One panel for each value of reconstruction, and also of compensation where there are more than MOST lines."""
     out = []
     for fitted, same in _by("reconstruction", points).items():
         title = f"{'no' if fitted == 'none' else fitted} reconstruction"
@@ -67,11 +67,11 @@ def _dense(task: TaskSummary, axes: Axes) -> None:
 def _value_axis(task: TaskSummary, axes: Axes) -> None:
     axes.set_ylabel(literal(_axis(task.metric)))
     if not task.metric.is_accuracy:
-        axes.set_yscale("log")  # a ruined network's loss is many times the dense one's
+        axes.set_yscale("log")  # the loss after a failed cut is many times the dense network's
 
 
 def accuracy(task: TaskSummary, phase: Phase, name: str) -> Figure | None:
-    """The metric against sparsity, with bands from the least to the greatest seed."""
+    """The metric against sparsity, with bands from the lowest to the highest seed."""
 
     def body(points: Sequence[Point], axes: Axes, known: Styles) -> None:
         for point in points:
@@ -173,7 +173,7 @@ def increases(task: TaskSummary, name: str) -> Figure | None:
 
 
 def _styles(task: TaskSummary) -> Styles:
-    """A row looks the same in all figures of its task."""
+    """The style of each point, the same in all figures of its task."""
     return styles([point.short for point in task.points])
 
 
@@ -182,7 +182,7 @@ def _positive(pair: tuple[float, float]) -> bool:
 
 
 def layers(task: TaskSummary, name: str) -> Figure | None:
-    """Sparsity of each layer at the middle sparsity: the first point of each method, its first seed."""
+    """The sparsity of each layer at the middle sparsity, for the first seed of the first point of each method."""
     chosen: dict[tuple[str, ...], tuple[Point, dict[str, float]]] = {}
     for point in task.points:
         levels = point.levels(task.middle)
@@ -232,7 +232,7 @@ def refinement(task: TaskSummary, name: str) -> Figure | None:
 
 
 def _track(metric: Metric, run: RunRecord) -> list[tuple[float, float]]:
-    """(step, metric): at n after the n-th cut, at n + ½ after its fine-tuning; empty for runs of one cut a level."""
+    """(step, metric): at n after the n-th cut, at n + ½ after its fine-tuning; empty unless cuts form one path."""
     if run.path != "sequential" or len(run.steps) < 2:
         return []
     return [point for step in run.steps for point in _of_step(metric, step)]

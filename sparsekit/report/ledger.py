@@ -1,4 +1,4 @@
-"""Tables of what it took: cost, sparsity reached, losses, tuning, departures, and runs that went wrong."""
+"""Tables beside the results: cost, reached sparsity, losses, tuning, departures, and runs with problems."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def shared_seconds(record: RunRecord) -> float:
 
 
 def seconds(record: RunRecord, part: str) -> float:
-    """Of a part of the run; curvature and total count what was shared as if it had been computed here."""
+    """Seconds of a part of the run; curvature and total include shared statistics as if they were computed here."""
     spent = record.seconds.get(part, 0.0)
     return spent + shared_seconds(record) if part in ("curvature", "total") else spent
 
 
 def peak_mebibytes(record: RunRecord) -> float:
-    """The largest resident or device memory seen, MiB."""
+    """The largest measured resident or device memory, MiB."""
     return record.peak_memory_bytes / 2**20
 
 
 def curvature_examples(record: RunRecord) -> tuple[int | None, int]:
     """(examples of one estimate, estimates); None: the estimator has no such setting."""
-    if record.estimator == "identity":  # looks at none
+    if record.estimator == "identity":  # uses none
         return None, 0
     examples = record.settings["estimator"].get("examples")
     return examples, sum(step.refreshed for step in record.steps)
 
 
 def cost(task: TaskSummary) -> Table:
-    """Seconds by part, peak memory and examples by point, means over seeds."""
+    """Seconds of each part, peak memory and examples of each point, as means over seeds."""
     rows, shared = [], False
     for point in task.points:
         runs = point.runs
@@ -82,7 +82,7 @@ def _examples(records: Iterable[RunRecord]) -> Cell:
 
 
 def reached(task: TaskSummary) -> Table:
-    """Sparsity asked for and reached, of the prunable weights and of all parameters, over all runs."""
+    """The requested and the reached sparsity, of prunable weights and of all parameters, over all runs."""
     rows = []
     for sparsity, text in zip(task.sparsities, asked(task.sparsities), strict=True):
         levels = [level for point in task.points for _, level in point.levels(sparsity).values()]
@@ -109,7 +109,7 @@ def _range(fractions: Iterable[float]) -> str:
 
 
 def multiply_adds(task: TaskSummary) -> Table | None:
-    """Remaining multiply-adds by point and sparsity; None where the plan does not know them."""
+    """The remaining multiply-adds by point and sparsity; None where the plan has no counts."""
     total = sum(task.multiply_adds.values())
     if not total:
         return None
@@ -133,7 +133,7 @@ def multiply_adds(task: TaskSummary) -> Table | None:
 
 
 def losses(task: TaskSummary) -> Table:
-    """Predicted and measured increase, what reconstruction took back, and the gap on the examples reported on."""
+    """Predicted and measured increase, the change by reconstruction, and the gap on the examples of the results."""
 
     def gap(record: RunRecord, level: LevelRecord) -> float | None:
         if "loss" not in level.pruned or "loss" not in record.dense:
@@ -166,7 +166,7 @@ def losses(task: TaskSummary) -> Table:
 
 
 def trials(tuning: Tuning) -> Table:
-    """All trials and what was chosen."""
+    """All trials of tuning and the chosen ones."""
     rows = []
     for found in tuning.tuned:
         where = ", ".join(f"{axis} {value}" for axis, value in found.axes.items())
@@ -189,7 +189,7 @@ def trials(tuning: Tuning) -> Table:
 
 
 def departures(summary: Summary) -> Table:
-    """Settings that differ from each method's own defaults, or its preset's."""
+    """Settings that differ from each method's defaults, or from its preset."""
     found: dict[tuple[str, str, str], dict[str, None]] = {}
     for state in summary.states:
         axes = state.run.axes
@@ -201,7 +201,7 @@ def departures(summary: Summary) -> Table:
 
 
 def mishaps(summary: Summary) -> Table:
-    """Runs that failed, did not finish or went less well, with causes."""
+    """Failed, unfinished and degraded runs, with causes."""
     rows = []
     for state in summary.states:
         where = ", ".join(f"{axis} {value}" for axis, value in state.run.axes.items())
@@ -219,7 +219,7 @@ def mishaps(summary: Summary) -> Table:
 
 
 def machines(summary: Summary) -> Table:
-    """What the runs were computed on and with, each kind once."""
+    """The machines and versions of the runs, each combination once."""
     records = [state.record for state in summary.states if state.record is not None]
     counts = Counter(tuple(record.machine.items()) for record in records)
     names = tuple(dict.fromkeys(name for key in counts for name, _ in key))

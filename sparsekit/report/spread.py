@@ -1,4 +1,4 @@
-"""Figures over seeds: spreads, differences taken seed by seed, and how a metric is written down."""
+"""Statistics over seeds: spreads, differences taken seed by seed, and the format of a metric."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 from scipy import stats
 
-#: Of the intervals of differences; each by itself, not corrected for how many are looked at.
+#: Of the intervals of differences; each by itself, not corrected for the number of comparisons.
 CONFIDENCE = 0.95
 
 #: Pairs below which no interval is claimed.
@@ -24,7 +24,7 @@ class Metric:
 
     Attributes:
         name: as in the records.
-        resolution: what one example more or less changes of an accuracy; 0: not known.
+        resolution: the change of an accuracy by one example; 0: not known.
     """
 
     name: str
@@ -32,17 +32,17 @@ class Metric:
 
     @property
     def is_accuracy(self) -> bool:
-        """Whether it is a fraction of examples, higher better; everything else is a loss, lower better."""
+        """Whether it is a fraction of examples, where higher is better; all others are losses: lower is better."""
         return self.name == "accuracy"
 
     @property
     def title(self) -> str:
-        """With its unit."""
+        """The name with its unit."""
         return "top-1 accuracy in %" if self.is_accuracy else f"{self.name} (mean per example, lower is better)"
 
     @property
     def unit(self) -> str:
-        """Of differences, with a space before it; empty for a loss, whose unit depends on the task."""
+        """The unit of differences, after a space; empty for a loss, whose unit depends on the task."""
         return " points" if self.is_accuracy else ""
 
     def text(self, value: float) -> str:
@@ -59,15 +59,15 @@ class Metric:
         return f"−{text[1:]}" if text.startswith("-") else f"+{text}"
 
     def gain(self, value: float) -> float:
-        """The value or its negative, so that more is better."""
+        """The value or its negative, so that higher is better."""
         return value if self.is_accuracy else -value
 
     def verdict(self, difference: Difference) -> Verdict:
-        """What a difference shows: nothing is claimed of fewer than three pairs."""
+        """The verdict on a difference; `unclaimed` for fewer than FEWEST pairs."""
         if difference.interval is None:
             return "unclaimed"
         low, high = difference.interval
-        # Seeds that agree to the example leave an interval of no width: one example is nobody's gain.
+        # Seeds that agree to one example give an interval without width, but one example is no gain.
         if low <= 0 <= high or abs(difference.mean) <= 1.001 * self.resolution:
             return "tie"
         return "better" if self.gain(difference.mean) > 0 else "worse"
@@ -75,7 +75,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, least and greatest of a figure over `n` seeds."""
+    """Mean, lowest and highest value of a quantity over `n` seeds."""
 
     mean: float
     low: float
@@ -84,7 +84,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Mapping[int, float]) -> Spread | None:
-        """Over seeds; None where there is none."""
+        """The spread of seed -> value; None without values."""
         if not values:
             return None
         figures = [values[seed] for seed in sorted(values)]
@@ -95,11 +95,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """One point's figure minus another's, over the seeds that both have.
+    """One point's values minus another's, over the seeds that both have.
 
     Attributes:
         mean, low, high: of the n differences.
-        n: pairs.
+        n: number of pairs.
         interval: 95 %, mean ± t(n−1) s/√n; None for fewer than three pairs or where one is not finite.
     """
 
@@ -111,7 +111,7 @@ class Difference:
 
     @classmethod
     def of(cls, figures: Mapping[int, float], others: Mapping[int, float]) -> Difference | None:
-        """Seed by seed; None where no seed is in both."""
+        """The difference seed by seed; None where no seed is in both."""
         pairs = {seed: figures[seed] - others[seed] for seed in figures if seed in others}
         spread = Spread.of(pairs)
         if spread is None:
@@ -137,5 +137,5 @@ def significant(value: float) -> str:
 
 
 def percent(fraction: float) -> str:
-    """90 % or 97.5 % of a sparsity: as many digits as it needs."""
+    """A sparsity in percent with as many digits as needed: 90 %, 97.5 %."""
     return f"{round(100 * fraction, 4):g} %"

@@ -1,4 +1,4 @@
-"""A comparison's records, put in order: tasks, their points, and each point's figures over seeds."""
+"""A comparison's records, grouped: tasks, their points, and each point's results over seeds."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Phase = Literal["pruned", "finetuned"]
 #: Axes that every table shows, whether they vary or not.
 SHOWN = ("method", "reconstruction")
 
-#: Prunable weights below which a network is called small, and tasks whose data are.
+#: Networks with fewer prunable weights are called small, and so are these tasks, whose data are.
 SMALL_NETWORK, SMALL_TASKS = 100_000, ("digits", "digits-transformer", "mnist")
 
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A row of the tables: one place on the axes within a task.
+    """A row of the tables: one value of each axis, within a task.
 
     Attributes:
-        axes: without the task.
-        label: of the axes that vary within the task, in words.
+        axes: axis -> value, without the task.
+        label: the axes that vary within the task, in words.
         short: the same without reconstruction, for panels that name it.
-        planned: seeds of it.
-        runs: seed -> record, of the runs that finished.
+        planned: its seeds.
+        runs: seed -> record, of the finished runs.
         tuning: 'tuned', 'untuned', 'as published', or '' where there is nothing to tune.
     """
 
@@ -47,7 +47,7 @@ class Point:
         return self.axes["method"]
 
     def levels(self, sparsity: float) -> dict[int, tuple[RunRecord, LevelRecord]]:
-        """Seed -> the run and its level of this sparsity."""
+        """Seed -> (run, its level of this sparsity)."""
         found = {}
         for seed, record in self.runs.items():
             for level in record.levels:
@@ -56,12 +56,12 @@ class Point:
         return found
 
     def figures(self, sparsity: float, read: Callable[[RunRecord, LevelRecord], float | None]) -> dict[int, float]:
-        """Seed -> what `read` gives, where it gives something."""
+        """Seed -> the result of `read`, where it is not None."""
         values = {seed: read(*found) for seed, found in self.levels(sparsity).items()}
         return {seed: value for seed, value in values.items() if value is not None}
 
     def metric(self, metric: Metric, sparsity: float, phase: Phase) -> dict[int, float]:
-        """Seed -> the metric after the cut, or after fine-tuning where there was any."""
+        """Seed -> the metric after the cut, or after fine-tuning."""
 
         def read(_: RunRecord, level: LevelRecord) -> float | None:
             figures = level.pruned if phase == "pruned" else level.finetuned
@@ -71,7 +71,7 @@ class Point:
 
     @property
     def is_second_order(self) -> bool:
-        """Whether curvature has a say in its mask or its compensation."""
+        """Whether its mask or its compensation depends on curvature."""
         if not self.runs:
             return False
         settings = next(iter(self.runs.values())).settings
@@ -83,19 +83,19 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class TaskSummary:
-    """What was measured on one task.
+    """The results of one task.
 
     Attributes:
         name: of the task.
-        metric: that the tables are of: accuracy where there is one, else the first of the dense network's.
+        metric: of the tables: accuracy where there is one, else the first metric of the dense network.
         points: in the plan's order.
         sparsities: increasing.
         shown: axes that tables show: method, reconstruction, and the others that vary.
-        dense: metric -> over seeds.
-        hashes: of the dense weights, one for each network seen.
+        dense: metric -> its spread over seeds, of the dense network.
+        hashes: of the dense weights, one for each dense network.
         mixed: seeds for which not all points started from the same dense weights.
         sizes: (prunable weights, all parameters), as the records have them.
-        multiply_adds: parameter -> of one example's forward pass, dense; empty: not known.
+        multiply_adds: parameter -> multiply-adds of one example's forward pass, dense; empty: not known.
         splits: of the examples that metrics were measured on.
     """
 
@@ -113,23 +113,23 @@ class TaskSummary:
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
-        """Pruned, and fine-tuned where any run was."""
+        """Pruned, and finetuned if any run was fine-tuned."""
         records = [record for point in self.points for record in point.runs.values()]
         tuned = any(level.finetuned is not None for record in records for level in record.levels)
         return ("pruned", "finetuned") if tuned else ("pruned",)
 
     @property
     def is_small(self) -> bool:
-        """Whether little can be concluded from it for networks that are used."""
+        """Whether it is too small to conclude much for networks in practical use."""
         return self.name in SMALL_TASKS or 0 < self.sizes[0] < SMALL_NETWORK
 
     @property
     def middle(self) -> float:
-        """The sparsity in the middle of those asked for."""
+        """The middle one of the requested sparsities."""
         return self.sparsities[len(self.sparsities) // 2]
 
     def remaining(self, level: LevelRecord) -> float | None:
-        """Multiply-adds that are left, as a fraction of the dense network's; theoretical."""
+        """The remaining multiply-adds as a fraction of the dense network's; theoretical."""
         total = sum(self.multiply_adds.values())
         if not total:
             return None
@@ -137,7 +137,7 @@ class TaskSummary:
         return kept / total
 
     def ranked(self, sparsity: float, phase: Phase) -> list[Point]:
-        """Points with a finite mean over as many seeds as any, the best first; of equals, the first in the plan."""
+        """Points with a finite mean over the most seeds, the best first; ties in the plan's order."""
         found = {point: Spread.of(point.metric(self.metric, sparsity, phase)) for point in self.points}
         spreads = {p: spread for p, spread in found.items() if spread is not None and math.isfinite(spread.mean)}
         most = max((spread.n for spread in spreads.values()), default=0)
@@ -147,7 +147,7 @@ class TaskSummary:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A planned run and how far it got: 'finished', 'failed' or 'unfinished'."""
+    """A planned run and its state: 'finished', 'failed' or 'unfinished'."""
 
     run: PlannedRun
     record: RunRecord | None
@@ -156,13 +156,13 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """A comparison in order.
+    """A comparison, grouped by task and point.
 
     Attributes:
-        comparison: what it was read from.
+        comparison: its records.
         states: of all planned runs, in the plan's order.
-        tasks: those of which at least one run finished.
-        empty: names of the others.
+        tasks: those with at least one finished run.
+        empty: names of the other tasks.
     """
 
     comparison: Comparison
@@ -176,7 +176,7 @@ class Summary:
 
 
 def summarise(comparison: Comparison) -> Summary:
-    """Put a comparison's records in order."""
+    """Group a comparison's records by task and point."""
     states = tuple(_state(comparison, run) for run in comparison.plan.runs)
     by_task: dict[str, list[State]] = {}
     for state in states:
@@ -189,7 +189,7 @@ def summarise(comparison: Comparison) -> Summary:
 def _state(comparison: Comparison, run: PlannedRun) -> State:
     record = comparison.records.get(run.directory)
     if comparison.finished(run):
-        return State(run, record, "finished")  # a failure that was mended since is none
+        return State(run, record, "finished")  # an earlier failure is out of date
     return State(run, record, "failed" if run.directory in comparison.failures else "unfinished")
 
 
@@ -249,7 +249,7 @@ def _points(states: Sequence[State], shown: Sequence[str], tuning: Tuning | None
 
 
 def label(axes: Mapping[str, str], shown: Sequence[str]) -> str:
-    """A place on the axes in words: 'fishleg, joint compensation, no reconstruction'."""
+    """The values of the axes in words: 'fishleg, joint compensation, no reconstruction'."""
     words = []
     for axis in shown:
         value = axes.get(axis, "–")
@@ -275,5 +275,5 @@ def _tuning(axes: Mapping[str, str], run: PlannedRun, tuning: Tuning | None) -> 
 
 
 def asked(sparsities: Sequence[float]) -> list[str]:
-    """Column heads."""
+    """Column headings for sparsities."""
     return [percent(sparsity) for sparsity in sparsities]

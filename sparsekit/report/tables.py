@@ -1,4 +1,4 @@
-"""Tables of what was reached: figures by point and sparsity, paired differences, parts."""
+"""Tables of results: metrics by point and sparsity, paired differences, parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sparsekit.report.attribution import difference, parts, references, tied
 from sparsekit.report.spread import FEWEST, Difference, Metric, Spread
 from sparsekit.report.summary import Phase, Point, TaskSummary, asked
 
-#: Said under every table of paired differences.
+#: The note under every table of paired differences.
 PAIRED = (
     f"Differences are taken seed by seed: mean, 95 % t interval (from {FEWEST} pairs on), least and greatest. A tie is "
     "an interval that covers zero. Each interval stands by itself: it is not corrected for the number of comparisons, "
@@ -19,11 +19,11 @@ PAIRED = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry.
+    """One cell of a table.
 
     Attributes:
-        text: the figure or the words.
-        details: what stands small below it or beside it.
+        text: a number or words.
+        details: shown small below it or beside it.
         mark: 'best', 'tied' or ''.
     """
 
@@ -33,22 +33,22 @@ class Cell:
 
     @property
     def sign(self) -> str:
-        """What the mark is written as, so that it can be told without colours."""
+        """The symbol of the mark, which does not depend on colours."""
         return {"best": " ★", "tied": " ≈"}.get(self.mark, "")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table that both templates can write.
+    """A table for both templates.
 
     Attributes:
         title: with the unit.
-        columns: heads.
-        rows: of as many cells.
-        heads: leading columns that say what a row is.
+        columns: their headings.
+        rows: each with one cell for each column.
+        heads: number of leading columns that identify a row.
         notes: sentences below it.
-        folded: whether it is closed at first.
-        stacked: whether details stand below the figures, not beside them.
+        folded: whether it is collapsed at first.
+        stacked: whether details are shown below the numbers, not beside them.
     """
 
     title: str
@@ -61,7 +61,7 @@ class Table:
 
 
 def named(task: TaskSummary, point: Point) -> tuple[Cell, ...]:
-    """The cells that say which point a row is; the first tells what it lacks."""
+    """The cells that identify a row's point; details of the first are missing tuning and seeds."""
     lacks = [point.tuning] if point.tuning not in ("", "tuned") else []
     if len(point.runs) < len(point.planned):
         lacks.append(f"{len(point.runs)} of {len(point.planned)} seeds")
@@ -70,17 +70,17 @@ def named(task: TaskSummary, point: Point) -> tuple[Cell, ...]:
 
 
 def place(task: TaskSummary, point: Point) -> str:
-    """The point's values on the shown axes, as short as a table needs it."""
+    """The point's values on the shown axes, in short."""
     return ", ".join(point.axes.get(axis, "–") for axis in task.shown)
 
 
 def phase_name(phase: Phase) -> str:
-    """In words."""
+    """The phase in words."""
     return "pruned" if phase == "pruned" else "fine-tuned"
 
 
 def figures(task: TaskSummary, phase: Phase) -> Table:
-    """The task's metric by point and sparsity, with its spread, the dense network's on top."""
+    """The task's metric by point and sparsity, with its spread; the first row is the dense network."""
     marks = {sparsity: tied(task, sparsity, phase) for sparsity in task.sparsities}
     dense = task.dense.get(task.metric.name)
     top = _spread(task.metric, dense, dense.n) if dense and dense.high > dense.low else Cell(_only(task.metric, dense))
@@ -146,7 +146,7 @@ def compared(metric: Metric, found: Difference | None) -> Cell:
 
 
 def against_reference(task: TaskSummary, method: str, phase: Phase) -> Table:
-    """Each point against the reference's, seed by seed."""
+    """Each point minus the reference's, seed by seed."""
     rows = []
     for point, other in references(task, method).items():
         cells = (compared(task.metric, difference(point, other, task.metric, s, phase)) for s in task.sparsities)
@@ -162,7 +162,7 @@ def against_reference(task: TaskSummary, method: str, phase: Phase) -> Table:
 
 
 def best_two(task: TaskSummary, phase: Phase) -> Table:
-    """At each sparsity the best point against the runner-up."""
+    """At each sparsity the best point minus the second best."""
     rows = []
     for sparsity, text in zip(task.sparsities, asked(task.sparsities), strict=True):
         best, second = (*task.ranked(sparsity, phase)[:2], None, None)[:2]
@@ -183,7 +183,7 @@ def best_two(task: TaskSummary, phase: Phase) -> Table:
 
 
 def attribution(task: TaskSummary, method: str | None, phase: Phase) -> Table:
-    """What mask, compensation and reconstruction give, by method."""
+    """The parts of mask, compensation and reconstruction, by method."""
     rows = []
     for part in sorted(parts(task, method), key=lambda part: list(_methods(task)).index(part.method)):
         if part.missing:
@@ -222,7 +222,7 @@ def _unit(metric: Metric) -> str:
 
 
 def of_task(task: TaskSummary, method: str | None) -> Sequence[Table]:
-    """All tables of what was reached, in the order of reading."""
+    """All tables of a task's results, in the order of the page."""
     out = [figures(task, phase) for phase in task.phases]
     for phase in task.phases:
         if method is not None and references(task, method):

@@ -1,4 +1,4 @@
-"""Sentences that the figures support, with the figures: a tie is called a tie, and too few seeds claim nothing."""
+"""Sentences on the results, with their numbers; a tie is called a tie, and too few seeds support no claim."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sparsekit.report.spread import FEWEST, Difference, Metric, Spread, Verdict,
 from sparsekit.report.summary import Phase, Point, Summary, TaskSummary
 from sparsekit.report.tables import phase_name
 
-#: A sparsity and what was found there.
+#: A sparsity and the difference there.
 Found = tuple[float, Difference | None]
 
 
 def said(metric: Metric, found: Difference) -> str:
-    """'+1.2, +0.1 to +2.3': the mean and the 95 % interval; '+1.2, n 2' where there is none."""
+    """'+1.2, +0.1 to +2.3': the mean and the 95 % interval; '+1.2, n 2' without an interval."""
     if found.interval is None:
         return f"{metric.change(found.mean)}, n {found.n}"
     low, high = (metric.change(value) for value in found.interval)
@@ -25,7 +25,7 @@ def said(metric: Metric, found: Difference) -> str:
 
 
 def by_verdict(metric: Metric, found: Iterable[Found], words: dict[Verdict, str]) -> str:
-    """'more at 80 % (…), 90 % (…); a tie at 50 % (…)': sparsities with the same verdict together."""
+    """'more at 80 % (…), 90 % (…); a tie at 50 % (…)': sparsities grouped by verdict."""
     groups: dict[Verdict, list[str]] = {}
     for sparsity, value in found:
         if value is not None:
@@ -34,7 +34,7 @@ def by_verdict(metric: Metric, found: Iterable[Found], words: dict[Verdict, str]
 
 
 def of_task(task: TaskSummary, method: str | None) -> list[str]:
-    """What the tables of a task say, in the order of their weight."""
+    """Sentences on a task's tables, the most important first."""
     most = max((len(point.runs) for point in task.points), default=0)
     out = []
     if most < FEWEST:
@@ -51,7 +51,7 @@ def of_task(task: TaskSummary, method: str | None) -> list[str]:
 
 
 def by_method(task: TaskSummary) -> list[str]:
-    """What `of_task` counts, with each method's figures."""
+    """The sentences behind the counts of `of_task`, with each method's numbers."""
     out = []
     for phase in task.phases:
         for contest in (contest for contests in _contests(task, phase) for contest in contests):
@@ -65,10 +65,10 @@ class Contest:
     """One arm against another, within one method.
 
     Attributes:
-        what: the two, in words that are the same for all methods.
-        method: whose.
-        words: of each verdict.
-        found: by sparsity.
+        what: the two arms, in the same words for all methods.
+        method: the method's name.
+        words: for each verdict.
+        found: the difference at each sparsity.
     """
 
     what: str
@@ -78,7 +78,7 @@ class Contest:
 
 
 def _tally(metric: Metric, contests: Sequence[Contest]) -> str:
-    """'…, of 3 methods: 50 %: a tie 3; 90 %: more 2 (+2.0 to +6.5), a tie 1.'."""
+    """'…, in 3 methods. 50 %: a tie in 3 (0.0); 90 %: more in 2 (+2.0 to +6.5), a tie in 1 (0.0).'."""
     groups: dict[float, dict[Verdict, list[float]]] = {}
     for sparsity, value in (found for contest in contests for found in contest.found):
         if value is not None:
@@ -111,7 +111,7 @@ def _best(task: TaskSummary, phase: Phase) -> list[str]:
 
 
 def _contests(task: TaskSummary, phase: Phase) -> list[list[Contest]]:
-    """Those of the same two arms together, without those of which no run finished."""
+    """Contests grouped by their two arms, without those that have no finished runs."""
     groups: dict[str, list[Contest]] = {}
     for contest in (*_reconstruction_or_compensation(task, phase), *_once_reconstructed(task, phase)):
         if any(value is not None for _, value in contest.found):
@@ -120,7 +120,7 @@ def _contests(task: TaskSummary, phase: Phase) -> list[list[Contest]]:
 
 
 def _reconstruction_or_compensation(task: TaskSummary, phase: Phase) -> Iterator[Contest]:
-    """For each method, the point with reconstruction alone against the one with compensation alone."""
+    """For each method, the point with reconstruction only against the one with compensation only."""
     words: dict[Verdict, str] = {"better": "more", "tie": "a tie", "worse": "less", "unclaimed": "no claim"}
     for rebuilt in _alone(task, "reconstruction"):
         for moved in _alone(task, "compensation"):
@@ -141,7 +141,7 @@ def _others(point: Point) -> dict[str, str]:
 
 
 def _once_reconstructed(task: TaskSummary, phase: Phase) -> Iterator[Contest]:
-    """What compensation adds where layers are fitted anyway."""
+    """For each method, what compensation adds to a reconstruction."""
     words: dict[Verdict, str] = {
         "better": "still adds",
         "tie": "adds nothing (a tie)",
@@ -169,7 +169,7 @@ def _second_order(task: TaskSummary, method: str, phase: Phase) -> list[str]:
         "unclaimed": "is not claimed to differ",
     }
     if any(p.is_second_order for p in task.points if p.method == method):
-        return []  # the reference has it, too
+        return []  # the reference is second-order, too
     out = []
     for fitted in dict.fromkeys(p.axes.get("reconstruction", "none") for p in task.points):
         found, names = [], dict[str, None]()
@@ -200,7 +200,7 @@ def _capital(text: str) -> str:
 
 
 def warnings(summary: Summary) -> list[str]:
-    """Where the comparison departs from the protocol: what the plan says, and what the records show."""
+    """Departures from the protocol, those of the plan and those that the records show."""
     out = list(summary.comparison.plan.warnings)
     for task in summary.tasks:
         if task.mixed:
@@ -216,7 +216,7 @@ def warnings(summary: Summary) -> list[str]:
 
 
 def limits(summary: Summary) -> list[str]:
-    """What cannot be concluded."""
+    """Sentences on what cannot be concluded."""
     plan = summary.comparison.plan
     out = [f"A seed varies: {'; '.join(plan.seeds_vary)}."] if plan.seeds_vary else []
     out += [f"Seeds share: {'; '.join(plan.seeds_share)}."] if plan.seeds_share else []
@@ -231,7 +231,7 @@ def limits(summary: Summary) -> list[str]:
 
 
 def tuning(found: Tuning | None) -> str:
-    """How the settings came about."""
+    """How settings were tuned, in sentences."""
     if found is None:
         return "Nothing was tuned: every row is at its method's own defaults, or as published where it says so."
     count = {len(entry.trials) for entry in found.tuned}
@@ -254,7 +254,7 @@ def tuning(found: Tuning | None) -> str:
 
 
 def dense(task: TaskSummary) -> str:
-    """The dense network's metrics."""
+    """The dense network's metrics, as a sentence."""
     figures: Sequence[str] = [
         f"{name} {Metric(name).text(spread.mean)}{' %' if Metric(name).is_accuracy else ''}"
         + (f" ({Metric(name).text(spread.low)}–{Metric(name).text(spread.high)})" if spread.high > spread.low else "")

@@ -1,4 +1,4 @@
-"""A comparison's report: one page that opens from disk, the same in Markdown, and the figures as CSV and JSON."""
+"""A comparison's report: one HTML file, the same as Markdown, and the results as CSV and JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparsekit.report.tables import Table
 
 @dataclass(frozen=True)
 class Section:
-    """What the page has of one task."""
+    """The part of the page on one task."""
 
     name: str
     anchor: str
@@ -35,7 +35,7 @@ class Section:
 
 
 def write_report(directory: Path, output: Path | None = None) -> Path:
-    """Make a comparison's report from its records; what is there from before is replaced, file by file.
+    """Write a comparison's report from its records; existing files are replaced one by one.
 
     Args:
         directory: of the comparison.
@@ -55,7 +55,7 @@ def write_report(directory: Path, output: Path | None = None) -> Path:
         "costs.csv": export.costs_csv(summary),
         "results.json": export.results_json(summary),
         "report.md": _render("report.md.j2", content),
-        "report.html": _render("report.html.j2", content),  # last: what it names is there
+        "report.html": _render("report.html.j2", content),  # last: the files that it links to exist
     }
     for name, text in files.items():
         atomic_write(folder / name, text.encode())
@@ -72,13 +72,13 @@ def _render(template: str, content: dict[str, Any]) -> str:
         keep_trailing_newline=True,
         finalize=None if template.endswith(".html.j2") else _markdown,
     )
-    environment.filters["drawing"] = lambda figure: Markup(figure.svg)  # our own, its words escaped there
+    environment.filters["drawing"] = lambda figure: Markup(figure.svg)  # our own SVG, with escaped text
     environment.filters["cell"] = _markdown_cell
     return environment.get_template(template).render(content)
 
 
 def _markdown(value: object) -> object:
-    """Text without raw HTML; what a macro has made passes through here again and stays as it is."""
+    """Text without raw HTML; the output of a macro, which passes through here again, is not changed."""
     return value.replace("<", "&lt;") if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -87,7 +87,7 @@ def _markdown_cell(text: str) -> str:
 
 
 def _content(summary: Summary, directory: Path, output: Path | None) -> dict[str, Any]:
-    """What the templates are filled with."""
+    """The variables of the templates."""
     comparison = summary.comparison
     times = [time for s in summary.states if s.record for time in (s.record.started, s.record.finished) if time]
     command = ["sparsekit", "report", str(directory), *(["--output", str(output)] if output is not None else [])]

@@ -1,1 +1,1 @@
-"""One run: settings in, a record out."""
+"""One run: from its settings to its record."""

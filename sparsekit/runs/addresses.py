@@ -1,4 +1,4 @@
-"""Addresses of MLflow as users give them: refused where they can be none, shown without what is secret in them."""
+"""MLflow's addresses: invalid ones are refused, and they are shown without secrets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from sparsekit.errors import SparsekitError
 
-#: What MLflow itself can track to; its plugins add their own.
+#: The schemes of MLflow's own stores; its plugins add others.
 SCHEMES = ("http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
 
 
@@ -17,10 +17,10 @@ class TrackingError(SparsekitError):
 
 
 def check(uri: str) -> None:
-    """Refuse what can be no address of MLflow's, whether or not anybody answers there.
+    """Refuse an invalid address of MLflow; whether a server answers is not checked.
 
     Raises:
-        TrackingError: with what an address is.
+        TrackingError: it is invalid; the message says what is valid.
     """
     scheme, separator, _ = uri.partition("://")
     if not separator:
@@ -33,7 +33,7 @@ def check(uri: str) -> None:
 
 
 def redacted(uri: str) -> str:
-    """The address as it may be written and shown: without user, password, query and fragment."""
+    """The address for files and messages: without user, password, query and fragment."""
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme.partition("+")[0].lower() in ("sqlite", "file"):
         return uri
@@ -43,14 +43,14 @@ def redacted(uri: str) -> str:
 
 
 def without_secrets(text: str, uri: str) -> str:
-    """A text that may speak of an address, with `***` for what is secret in that."""
+    """A text that may contain an address, with `***` for the address's secrets."""
     text = text.replace(uri, redacted(uri))
     if redacted(uri) == uri:
         return text
     rest = uri.partition("://")[2]
     user, _, place = rest.rpartition("@")
     secrets = [user, *re.split(r"[?#]", place, maxsplit=1)[1:]]
-    for secret in secrets:  # in what libraries say of it; a short one may be any word
+    for secret in secrets:  # in messages of libraries; a short one may be any word
         text = text.replace(secret, "***") if len(secret) > 3 else text
     return text
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: all that resuming needs, in one file that is whole, and a second one for large tensors."""
+"""Checkpoints of a run: everything that a resumed run needs, in one file, and a second one for large tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsekit.errors import DamagedError, RecordError
 from sparsekit.files import read_tensors, remove_folder, reported, write_tensors
 from sparsekit.runs.schema import plain
 
-#: Bytes of a tensor from which on a checkpoint looks whether it is on disk already: gradient rows take gigabytes.
+#: Tensors of at least so many bytes are not written again while unchanged: gradient rows take gigabytes.
 LARGE = 1 << 20
 
 
@@ -24,38 +24,38 @@ class Checkpoints:
     """The folder of a run's checkpoints.
 
     Attributes:
-        path: the folder; made when the first checkpoint is written.
+        path: the folder; created with the first checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # The file of the checkpoint's large tensors, and these as they were then.
+        # The file of the checkpoint's large tensors, and name -> (tensor, version) at the time of writing.
         self._part: Path | None = None
         self._in_part: dict[str, tuple[weakref.ref[Tensor], int]] = {}
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Put all that resuming after `step` needs on disk; only then remove older checkpoints.
+        """Write everything that a run resumed after `step` needs; then remove older checkpoints.
 
-        Large tensors go into a file of their own, which stays for as long as most of them are the same objects and
-        unchanged: what an estimator has learned outlasts many a step. A change is seen where torch counts it, not
-        through `.data`, numpy or a fused optimiser.
+        Large tensors go into a file of their own, which is kept while most of them are the same objects and unchanged:
+        an estimator's statistics often last for many steps. Changes are detected by torch's version counter, so not
+        those through `.data`, numpy or a fused optimiser.
 
         Args:
-            step: steps done; names the file.
-            tensors: of any devices; read back on the CPU.
-            meta: plain data; floats come back exactly, infinities too.
+            step: number of steps done; names the file.
+            tensors: on any devices; `load` returns them on the CPU.
+            meta: plain data; `load` returns floats exactly, also infinities.
         """
         path = self.path / f"{step:05d}.safetensors"
         large = {name: tensor for name, tensor in tensors.items() if tensor.nbytes >= LARGE}
         same = {name: tensor for name, tensor in large.items() if self._is_in_part(name, tensor)}
         if 2 * sum(t.nbytes for t in same.values()) < sum(t.nbytes for t in large.values()):
-            part = self.path / f"{uuid.uuid4().hex[:12]}.part"  # the one before belongs to its checkpoint
+            part = self.path / f"{uuid.uuid4().hex[:12]}.part"  # a new name: the previous checkpoint needs its own
             write_tensors(part, large, {"format": "pt"})
             self._part, same = part, large
             self._in_part = {
                 name: (weakref.ref(tensor), tensor._version)
                 for name, tensor in large.items()
-                if not tensor.is_inference()  # does not count its changes
+                if not tensor.is_inference()  # has no version counter
             }
         elif not large:
             self.forget()
@@ -63,7 +63,7 @@ class Checkpoints:
         rest = {name: tensor for name, tensor in tensors.items() if name not in same}
         write_tensors(path, rest, {"format": "pt", "meta": json.dumps(plain(meta)), "part": json.dumps(part_of)})
         with reported("remove old checkpoints in", self.path):
-            for other in self.path.iterdir():  # half-written ones of a killed process, too
+            for other in self.path.iterdir():  # also half-written files of a killed process
                 if other not in (path, self._part) and (
                     other.suffix in {".safetensors", ".part", ".tmp"}
                     or other.name.startswith(".tmp")  # safetensors' own
@@ -71,12 +71,12 @@ class Checkpoints:
                     other.unlink()
 
     def _is_in_part(self, name: str, tensor: Tensor) -> bool:
-        """Whether a tensor is in the part on disk as it is now."""
+        """Whether the part on disk holds a tensor with its present values."""
         found, version = self._in_part.get(name, (lambda: None, 0))
         return found() is tensor and tensor._version == version
 
     def forget(self) -> None:
-        """Write large tensors again at the next checkpoint."""
+        """Make the next checkpoint write large tensors again."""
         self._part, self._in_part = None, {}
 
     def load(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
@@ -94,7 +94,7 @@ class Checkpoints:
                     tensors |= read_tensors(self.path / part["file"], part["names"])[0]
                 return int(path.stem), tensors, json.loads(metadata["meta"])
             except (SafetensorError, FileNotFoundError, ValueError, KeyError):
-                continue  # cut short: the one before it is whole
+                continue  # not whole; the one before it is
             except OSError as error:
                 raise RecordError(f"cannot read the checkpoint {path}: {error}") from error
         if paths:

@@ -1,4 +1,4 @@
-"""Curvature statistics that runs of one process share: what the first update at the dense weights has left behind."""
+"""A cache of the statistics from the first update at the dense weights, shared by the runs of one process."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sparsekit.methods.interfaces import CurvatureEstimator
 from sparsekit.problem.objective import Objective
 from sparsekit.runs.schema import run_key
 
-#: Figure of a step whose statistics were another run's: the seconds that they took there.
+#: Figure of a step with shared statistics: the seconds that they took in the other run.
 SHARED_SECONDS = "shared/seconds"
 
-#: Settings of a run that its first update does not depend on.
+#: Settings of a run on which its first update does not depend.
 _AFTERWARDS = (
     "saliency", "pattern", "schedule", "sparsity", "steps", "substeps", "levels", "compensation", "reconstruction",
     "finetune", "split",
@@ -24,9 +24,9 @@ _AFTERWARDS = (
 
 
 class SharedStatistics:
-    """Keeps the last estimate that was made through it, and gives it to whoever would make the same one.
+    """Keeps the last estimate, and gives it to estimators that would compute the same.
 
-    One estimate, because rows of a large network fill the memory; whoever has several runs orders them by `key`.
+    It keeps only one, because the rows of a large network fill the memory: order several runs by `key`.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class SharedStatistics:
 
     @staticmethod
     def key(identity: Mapping[str, Any], estimator: type[CurvatureEstimator], options: Any) -> str:
-        """The same for two runs (`identity.identity`) whose first update is the same but for the damping."""
+        """A key that is equal for two runs (`identity.identity`) whose first updates differ in the damping at most."""
         settings = {name: value for name, value in identity["settings"].items() if name not in _AFTERWARDS}
         settings["estimator"] = {"name": estimator.name, **estimator.statistics(options)}
         return run_key({**identity, "settings": settings})
@@ -45,14 +45,14 @@ class SharedStatistics:
     def update(
         self, key: str, estimator: CurvatureEstimator, objective: Objective, generator: torch.Generator
     ) -> Mapping[str, float]:
-        """Have `estimator` see the objective's examples, or adopt what another one saw of them.
+        """Update the estimator on the objective's examples, or let it adopt the cached statistics of the same update.
 
         Returns:
-            the figures of the update; of an adopted one with `shared/seconds`, what it took then.
+            The figures of the update; for an adopted one also `shared/seconds`, the time that it took.
         """
         if key == self._key and estimator.adopt(_copies(self._state)):
             return {**self._figures, SHARED_SECONDS: self._seconds}
-        self._key, self._state = "", {}  # freed before as much again is made
+        self._key, self._state = "", {}  # freed before the same amount is allocated
         started = time.perf_counter()
         figures = estimator.update(objective, generator=generator)
         self._seconds = time.perf_counter() - started
@@ -61,5 +61,5 @@ class SharedStatistics:
 
 
 def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Estimators may change their state in place; contiguous, as a checkpoint would give it back."""
+    """Copies, because estimators may change their state in place; contiguous, as from a checkpoint."""
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""What went less well in a step, in sentences."""
+"""Sentences on degraded steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from sparsekit.pruning.events import StepCompleted
 
 
 def degradations(event: StepCompleted, how: CompensationSettings) -> list[str]:
-    """What went less well in a step, a sentence each with what to do."""
+    """One sentence, with advice, for each way in which a step was degraded."""
     found, step = [], f"step {event.step.index}"
     if how.how == "exact" and event.residual > how.tolerance:
         found.append(
@@ -19,7 +19,7 @@ def degradations(event: StepCompleted, how: CompensationSettings) -> list[str]:
             f"{step}: {how.how} compensation came out worse than none, so the survivors stayed where they were; raise "
             f"the damping{' or compensation.max_iterations' if how.how == 'exact' else ''}"
         )
-    if 0 <= event.loss < -event.predicted_increase:  # no loss here is negative; false where either is unknown
+    if 0 <= event.loss < -event.predicted_increase:  # for losses that are never negative; False where either is NaN
         found.append(
             f"{step}: the predicted change of the loss, {event.predicted_increase:.2g}, would take it below zero from "
             f"{event.loss:.2g}, so the quadratic model does not hold there and the gradient's step may ruin the "

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: its record, settings, weights and mask, and checkpoints while it runs."""
+"""A run's directory: its record, settings, weights and mask, and checkpoints while it runs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from sparsekit.problem.parameters import ParameterSpace
 from sparsekit.runs.checkpoints import Checkpoints
 from sparsekit.runs.schema import SCHEMA_VERSION, RunRecord, plain
 
-#: The files that a finished run leaves beside its record.
+#: The files of a finished run beside its record.
 RESULTS = ("run.yaml", "mask.safetensors", "weights.safetensors")
 
-#: Of every file of a mask: what True in its tensors means.
+#: The metadata of every mask file: the meaning of True in its tensors.
 MASK_METADATA = {"format": "pt", "meaning": "True = kept"}
 
 
@@ -43,15 +43,15 @@ def _check_kept(kept: Mapping[str, Tensor], space: ParameterSpace, source: str) 
 class RunDirectory:
     """The folder of one run, `root/<task>-<estimator>-<key[:12]>`, and the files in it.
 
-    Each file is written to a temporary name and renamed, so that a reader sees whole files only.
+    Each file is written under a temporary name and renamed, so that readers see only whole files.
 
     Attributes:
-        path: the folder; made when something is first written.
+        path: the folder; created with the first file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Beside the folder, so that --fresh can remove the folder while it holds the lock.
+        # Not in the folder, so that --fresh can remove the folder while it holds the lock.
         self._lock_path = path.parent / ".locks" / f"{path.name}.lock"
         self.checkpoints = Checkpoints(path / "checkpoint")
 
@@ -62,10 +62,10 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process.
+        """Lock the run for this process.
 
         Raises:
-            RecordError: another process holds it.
+            RecordError: another process has locked it.
         """
         lock = FileLock(self._lock_path)
         with reported("lock", self._lock_path):
@@ -80,7 +80,7 @@ class RunDirectory:
             for stray in (
                 *self.path.glob(".*.tmp"),
                 *self.path.glob(".tmp*"),
-            ):  # of a process that was killed while it wrote
+            ):  # from a process that was killed while writing
                 with suppress(OSError):
                     stray.unlink()
             yield
@@ -122,20 +122,20 @@ class RunDirectory:
         return record
 
     def write(self, record: RunRecord) -> None:
-        """Put `record.json` in the place of the one before, whole."""
+        """Write `record.json` atomically."""
         atomic_write(self.record_path, checksums.sealed(record.model_dump_json()))
 
     def results(self) -> dict[str, str]:
-        """The checksums of the files that a finished run leaves beside its record, by name, where there are any."""
+        """File name -> checksum of the existing files of a finished run beside its record."""
         paths = [self.path / name for name in RESULTS]
         with reported("read", self.path):
             return {path.name: checksums.of_file(path) for path in paths if path.exists()}
 
     def check_results(self, record: RunRecord) -> None:
-        """Refuse a finished run whose files are not what it wrote.
+        """Refuse a finished run whose files have changed.
 
         Raises:
-            DamagedError: one is absent or changed.
+            DamagedError: a file is missing or changed.
         """
         found = self.results()
         for name, checksum in record.files.items():
@@ -144,12 +144,12 @@ class RunDirectory:
                 raise DamagedError(f"{self.path / name} {what}; do the run again with --fresh")
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
-        """`run.yaml`: the settings, from which the run can be repeated."""
+        """Write `run.yaml`: the settings, with which the run can be repeated."""
         text = yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
         atomic_write(self.path / "run.yaml", text.encode())
 
     def write_result(self, space: ParameterSpace, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
-        """`weights.safetensors` and `mask.safetensors`.
+        """Write `weights.safetensors` and `mask.safetensors`.
 
         Args:
             space: the prunable parameters.
@@ -161,7 +161,7 @@ class RunDirectory:
         write_tensors(self.path / "weights.safetensors", weights, {"format": "pt"})
 
     def discard(self) -> None:
-        """Remove the run's folder and all that is in it, the record first: it must not speak of what is gone."""
+        """Remove the run's folder with its contents, the record first: it must not describe missing files."""
         self.checkpoints.forget()
         with reported("remove", self.record_path):
             self.record_path.unlink(missing_ok=True)

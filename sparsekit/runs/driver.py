@@ -1,4 +1,4 @@
-"""Drives one pruner and keeps record, checkpoint and tracking in step with it."""
+"""Runs one pruner, and writes its record, checkpoints and tracking."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from sparsekit.runs.schema import LevelRecord, RunRecord, StepRecord
 from sparsekit.runs.settings import ResolvedRun
 from sparsekit.runs.tracking import NullTracker, Tracker
 
-#: Seconds between checkpoints within a step, whose layers are reconstructed one by one.
+#: Seconds between checkpoints within a step, while layers are reconstructed one by one.
 SAVE_EVERY = 30.0
 
-#: How a record begins to say that its tracker was not told all of it.
+#: The prefix of a sentence in `degraded` that says that MLflow does not have all of the run.
 UNTOLD = "tracking: "
 
 Listener = Callable[[Event], None]
@@ -40,7 +40,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Driver:
-    """Drives one pruner and keeps record, checkpoint and tracking in step with it."""
+    """Runs one pruner, and writes its record, checkpoints and tracking."""
 
     def __init__(
         self,
@@ -59,9 +59,9 @@ class Driver:
         self.model, self.estimator = model, estimator
         self.plan = planned(resolved)
         self.saved = time.perf_counter()  # when the last checkpoint was written
-        self.tracked: str | None = None  # MLflow's run, so that a resumed run goes on in it
-        self.told = 0  # steps that MLflow has been told of
-        self.untold: str | None = None  # why MLflow was not told all of it
+        self.tracked: str | None = None  # MLflow's run id, so that a resumed run continues it
+        self.told = 0  # number of steps that MLflow has
+        self.untold: str | None = None  # why MLflow does not have all of the run
 
     def run(self, resume: bool, listener: Listener, progress: Progress) -> RunRecord:
         pruner = self._pruner(progress)
@@ -183,7 +183,7 @@ class Driver:
         fits = tuple(LayerFit(**fit) for fit in meta["fits"])
         state = PrunerState(step, Mask(tensors["mask"].to(device)), meta["dense"], cut, fits)
         weights = {k: t.to(device) for k, t in part("model.").items()}
-        # The estimator says where its own tensors lie: what it pages in from the host may not fit on the device.
+        # The estimator chooses the devices of its tensors: those that it pages in from the host may not fit.
         learned = {k: t.to(pruner.estimator.state_device(k, t, device)) for k, t in part("estimator.").items()}
         pruner.restore(weights, learned, state)
         self.record = RunRecord.model_validate(meta["record"])
@@ -214,8 +214,8 @@ class Driver:
         if event.step.completes_level:
             self._write_result(pruner)
         is_last = event.step.index + 1 == len(self.plan)
-        if not is_last or sum(event.seconds.values()) > SAVE_EVERY:  # else sooner done again than written
-            self._checkpoint(pruner)  # first the checkpoint, then the record that speaks of it
+        if not is_last or sum(event.seconds.values()) > SAVE_EVERY:  # else repeating is faster than writing
+            self._checkpoint(pruner)  # before the record, which describes it
             self.directory.write(self.record)
 
     def _level(self, event: StepCompleted, steps: list[StepRecord]) -> LevelRecord:
@@ -247,7 +247,7 @@ class Driver:
         begin(tracker, self.record, self.directory, self.tracked)
         if self.record.dense and not self.told:
             tracker.metrics({f"dense/{k}": v for k, v in self.record.dense.items()}, step=0)
-        for step in self.record.steps[self.told :]:  # a tracker that did not answer for a while is told them now
+        for step in self.record.steps[self.told :]:  # those that MLflow did not receive before
             tracker.metrics(step_metrics(step, self.record.parameters["prunable"]), step=step.index)
         if tracker.failure is None:
             self.told = len(self.record.steps)
@@ -264,7 +264,7 @@ class Driver:
         self.directory.checkpoints.clear()
 
     def _told(self, tracker: NullTracker) -> dict[str, list[str]]:
-        """What the record says of a tracker that has failed."""
+        """The change of the record for a tracker that has failed."""
         self.untold = tracker.failure
         if self.untold is None:
             return {}

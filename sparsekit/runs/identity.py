@@ -1,4 +1,4 @@
-"""What a run was made of: everything that determines its result."""
+"""A run's identity: everything that determines its result."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from sparsekit.runs.settings import COMPONENTS, ResolvedRun
 
 
 def sources(task: Task, model: nn.Module) -> dict[str, str]:
-    """Hashes of what a run starts from: `weights` of the dense network, and `data`."""
+    """Hashes of a run's inputs: `weights` of the dense network, and `data`."""
     return {"weights": _hash_tensors(model.state_dict()), "data": task.fingerprint()}
 
 
 def identity(
     resolved: ResolvedRun, registry: Registry, found: Mapping[str, str], device: torch.device
 ) -> dict[str, Any]:
-    """All that determines the result, and nothing else; `found` is of `sources`."""
+    """Everything that determines the result, and nothing else; `found` is the result of `sources`."""
     settings = resolved.as_dict()
-    for key in ("output", "tracking", "preset"):  # what a preset sets is written out
+    for key in ("output", "tracking", "preset"):  # a preset's settings are in the others
         del settings[key]
     settings["device"] = device.type
-    for key in ("data_dir", "checkpoint"):  # paths; what lies there is hashed below
+    for key in ("data_dir", "checkpoint"):  # paths, whose contents are hashed in `found`
         settings["task"].pop(key, None)
     return {
         "settings": settings,

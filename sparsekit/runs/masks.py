@@ -1,4 +1,4 @@
-"""Masks as files: read, written, counted, compared, and applied to weights of one's own."""
+"""Mask files: reading, writing, counting, comparing, and applying them to other weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def read_mask(path: Path) -> dict[str, Tensor]:
     """The mask of a file, or of a run's directory.
 
     Returns:
-        By parameter name a bool tensor of the parameter's shape, True = kept.
+        Parameter name -> bool tensor of the parameter's shape, True = kept.
 
     Raises:
-        RecordError: there is none, it is damaged, or it is no mask.
+        RecordError: there is no file, it is damaged, or it is not a mask.
     """
     file = path / "mask.safetensors" if path.is_dir() else path
     if path.is_dir() and not file.exists():
@@ -52,14 +52,14 @@ def read_mask(path: Path) -> dict[str, Tensor]:
 
 
 def write_mask(path: Path, kept: Mapping[str, Tensor]) -> None:
-    """Put a mask on disk, such as that of `sparsekit.prune`.
+    """Write a mask, such as that of `sparsekit.prune`, to a file.
 
     Args:
-        path: of the safetensors file; what is there is replaced.
-        kept: by parameter name a bool tensor of the parameter's shape, True = kept.
+        path: of the safetensors file; an existing file is replaced.
+        kept: parameter name -> bool tensor of the parameter's shape, True = kept.
 
     Raises:
-        RecordError: it is no mask, or the disk refuses.
+        RecordError: it is not a mask, or the file cannot be written.
     """
     _check(kept, "what is to be written")
     write_tensors(path, kept, MASK_METADATA)
@@ -78,11 +78,11 @@ def _check(kept: Mapping[str, Tensor], source: str) -> None:
 
 @dataclass(frozen=True)
 class Count:
-    """How much a mask removes.
+    """The number of weights that a mask removes.
 
     Attributes:
-        weights: how many there are.
-        removed: how many of them are removed.
+        weights: number of all weights.
+        removed: number of removed weights.
     """
 
     weights: int
@@ -90,19 +90,19 @@ class Count:
 
     @property
     def sparsity(self) -> float:
-        """The fraction removed, in [0, 1]; 0 of nothing."""
+        """The fraction removed, in [0, 1]; 0 without weights."""
         return self.removed / self.weights if self.weights else 0.0
 
 
 @dataclass(frozen=True)
 class TensorCount(Count):
-    """How much a mask removes of one parameter.
+    """The number of weights that a mask removes from one parameter.
 
     Attributes:
         shape: of the parameter.
-        empty_rows: how many indices of the first dimension, the outputs of a linear or convolutional layer, have no
-            weight left; None of a parameter of fewer than two dimensions.
-        empty_columns: the same of the second dimension, the inputs, within a group where the layer has groups.
+        empty_rows: number of indices of the first dimension, the outputs of a linear or convolutional layer, without
+            kept weights; None for a parameter of fewer than two dimensions.
+        empty_columns: the same for the second dimension, the inputs, within a group where the layer has groups.
     """
 
     shape: tuple[int, ...]
@@ -111,7 +111,7 @@ class TensorCount(Count):
 
 
 def count(kept: Mapping[str, Tensor]) -> dict[str, TensorCount]:
-    """What a mask removes, by parameter name."""
+    """Parameter name -> the number of weights that a mask removes."""
     return {
         name: TensorCount(
             weights=tensor.numel(),
@@ -125,7 +125,7 @@ def count(kept: Mapping[str, Tensor]) -> dict[str, TensorCount]:
 
 
 def total(counts: Iterable[Count]) -> Count:
-    """All of them together."""
+    """The sum of counts."""
     counts = list(counts)
     return Count(sum(each.weights for each in counts), sum(each.removed for each in counts))
 
@@ -140,15 +140,15 @@ def _empty(kept: Tensor, dim: int) -> int:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far two masks A and B remove the same weights.
+    """The overlap of the weights that two masks A and B remove.
 
     Attributes:
-        weights: how many there are.
-        both: how many both remove.
-        only_a: how many A alone removes.
-        only_b: how many B alone removes.
-        expected_both: how many both would remove in the mean if A and B were drawn at random, with as many removed in
-            each parameter as are: Σ a b / n over the parameters, the mean of a hypergeometric distribution.
+        weights: number of all weights.
+        both: number that both remove.
+        only_a: number that only A removes.
+        only_b: number that only B removes.
+        expected_both: mean number that both would remove if A and B were drawn at random, with the same numbers removed
+            from each parameter: Σ a b / n over the parameters, the mean of a hypergeometric distribution.
     """
 
     weights: int
@@ -164,7 +164,7 @@ class Overlap:
 
     @property
     def expected_agreement(self) -> float:
-        """The index of a random pair, about: of the mean intersection in place of the mean of the index."""
+        """Approximately the mean index of a random pair: the index of the mean intersection."""
         return _jaccard(self.expected_both, self.both + self.only_a, self.both + self.only_b)
 
 
@@ -174,7 +174,7 @@ def _jaccard(both: float, a: int, b: int) -> float:
 
 
 def overlaps(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Overlap]:
-    """How far two masks of the same parameters agree, by parameter name, in the order of `a`.
+    """Parameter name -> the overlap of two masks of the same parameters, in the order of `a`.
 
     Raises:
         RecordError: they are of different parameters or shapes.
@@ -197,7 +197,7 @@ def _overlap(a: Tensor, b: Tensor) -> Overlap:
 
 
 def overlap_of(parts: Iterable[Overlap]) -> Overlap:
-    """All of them together."""
+    """The sum of overlaps."""
     parts = list(parts)
     return Overlap(
         sum(part.weights for part in parts),
@@ -210,13 +210,13 @@ def overlap_of(parts: Iterable[Overlap]) -> Overlap:
 
 @dataclass(frozen=True)
 class Applied:
-    """Weights under a mask.
+    """Weights to which a mask was applied.
 
     Attributes:
-        weights: the whole state dict; what the mask does not name is as it was.
-        zeroed: how many weights were not zero before.
-        already: how many of the removed weights were zero before.
-        tied: name of a tensor that the mask does not name -> the parameter whose values it had, and has.
+        weights: the whole state dict; tensors that the mask does not name are unchanged, unless they are tied.
+        zeroed: number of removed weights that were not zero before.
+        already: number of removed weights that were zero before.
+        tied: name of a tensor that the mask does not name -> the parameter whose values it had before and has now.
     """
 
     weights: dict[str, Tensor]
@@ -226,18 +226,18 @@ class Applied:
 
 
 def apply_mask(kept: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Applied:
-    """Weights with the removed ones set to zero; the tensors that are given stay as they are.
+    """Weights with the removed ones set to zero; the given tensors are not changed.
 
     A mask names a tied parameter once, a state dict holds it under each of its names, and a file may have two
-    copies of it. What has all the values of a masked parameter, and not one value only, follows it: otherwise
-    loading the second copy would bring the removed weights back.
+    copies of it. A tensor that is equal to a masked parameter, and not constant, is masked too: otherwise loading
+    the second copy would restore the removed weights.
 
     Args:
-        kept: by parameter name a bool tensor, True = kept.
+        kept: parameter name -> bool tensor, True = kept.
         weights: a state dict; its names may have the prefix `module.` of data-parallel training.
 
     Raises:
-        ModelError: the weights lack one of the parameters, have another shape, or are no plain tensors.
+        ModelError: the weights lack a parameter, have another shape, or are not plain tensors.
     """
     for name, tensor in weights.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype == torch.complex128:
@@ -276,14 +276,14 @@ def _place(name: str, kept: Tensor, weights: Mapping[str, Tensor]) -> str:
 
 
 def _zeroed(dense: Tensor, removed: Tensor) -> Tensor:
-    # By bytes, all of which are zero in the zero of every type: some types know no masked_fill.
+    # By bytes, because some types have no masked_fill; in every type all bytes of zero are zero.
     out = dense.detach().clone(memory_format=torch.contiguous_format)
     out.unsqueeze(-1).view(torch.uint8).masked_fill_(removed.unsqueeze(-1), 0)
     return out
 
 
 def _same(tensor: Tensor, dense: Tensor) -> bool:
-    """Whether a tensor is another name of a parameter, or a copy; equal constants are neither."""
+    """Whether a tensor is a parameter under another name or a copy of it; equal constants are not."""
     if tensor.shape != dense.shape or tensor.dtype != dense.dtype or not dense.numel():
         return False
     return torch.equal(tensor, dense) and not bool((dense == dense.reshape(-1)[0]).all())

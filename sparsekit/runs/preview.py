@@ -1,4 +1,4 @@
-"""What a run would do, and what keeps it from working, before anything is done."""
+"""The preview of a run, and checks that it can work, before anything is done."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sparsekit.runs.settings import ResolvedRun
 
 @dataclass(frozen=True)
 class Preview:
-    """What a run would do, found without reading data.
+    """The preview of a run, computed without reading data.
 
     Attributes:
         space: prunable parameters, and the skipped ones with reasons.
         steps: the plan.
         memory: bytes that the estimator will need.
-        structures: name of a parameter -> how its curvature is modelled, where the estimator tells.
+        structures: name of a parameter -> how its curvature is modelled, where the estimator describes it.
         settings: resolved.
-        device: where it would run.
+        device: of the run.
     """
 
     space: ParameterSpace
@@ -35,7 +35,7 @@ class Preview:
 
 
 def preview(resolved: ResolvedRun) -> Preview:
-    """What `--dry-run` shows; also refuses what cannot work: patterns, devices, models."""
+    """The content of `--dry-run`; also refuses patterns, devices and models that cannot work."""
     device = find_device(resolved.settings.device)
     task = resolved.task.build()
     settings = resolved.settings
@@ -70,10 +70,10 @@ def planned(resolved: ResolvedRun) -> list[Step]:
 
 
 def with_examples(resolved: ResolvedRun, task: Task) -> ResolvedRun:
-    """The run with as many training examples as there are where nobody set a number, see `ResolvedRun.fitted`.
+    """The run with default numbers of examples limited to those that the task has, see `ResolvedRun.fitted`.
 
     Raises:
-        DataError: more were asked for than there are; with the number that would do.
+        DataError: more are asked for than the task has; the message says how many are possible.
     """
     available, measured = task.size("train"), resolved.settings.split
     for split in ("train", measured):

@@ -1,4 +1,4 @@
-"""What MLflow is told of a run, while it goes on or afterwards from its record."""
+"""The content of a run in MLflow, sent while it runs or afterwards from its record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def begin(
     run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> None:
-    """Start the run in MLflow, or go on with `run_id`: name, settings, and tags to search by."""
+    """Start the run in MLflow, or continue `run_id`: name, settings, and tags to search by."""
     found = {"task": record.task, "estimator": record.estimator, "key": record.key, **(tags or {})}
     found |= {f"plugin.{p['name']}": f"{p['distribution']} {p['version']}" for p in record.plugins}
     tracker.start(directory.path.name, record.settings, found, run_id)
@@ -25,7 +25,7 @@ def begin(
 
 
 def conclude(tracker: NullTracker, record: RunRecord, directory: RunDirectory) -> None:
-    """The figures that count, the weights and the mask."""
+    """Send the final figures, the weights and the mask."""
     final: dict[str, float] = {f"dense_{k}": v for k, v in record.dense.items()}
     if record.levels:
         last = record.levels[-1]
@@ -46,9 +46,9 @@ def publish(
     tags: Mapping[str, str] | None = None,
     run_id: str | None = None,
 ) -> None:
-    """Tell of a finished run from what it left on disk, as if it had been tracked while it went on.
+    """Send a finished run from its directory; the result is as if it had been tracked while it ran.
 
-    Goes on with `run_id` where somebody was stopped in telling.
+    With `run_id`, an upload that was interrupted is continued.
 
     Raises:
         RecordError: its record cannot be read, or it is not finished.
@@ -66,7 +66,7 @@ def publish(
 
 
 def step_metrics(step: StepRecord, prunable: int) -> dict[str, float]:
-    """The figures of one step, by MLflow's name; `prunable` weights in all."""
+    """MLflow's name -> figure of one step; `prunable` is the number of prunable weights."""
     out = {
         "sparsity": step.removed / prunable,
         "damping": step.damping,

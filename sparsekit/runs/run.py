@@ -1,4 +1,4 @@
-"""A run: settings in, a record out. Names are resolved, the pruner is driven, listeners are attached here."""
+"""The execution of a run from its resolved settings to its record."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Outcome:
     Attributes:
         record: as on disk.
         path: its directory.
-        repeated: True where the run was finished before and nothing was done now.
-        tracking_uri: where MLflow has it, or None.
+        repeated: True if the run had been finished before and nothing was done.
+        tracking_uri: of MLflow if it has the run, or None.
     """
 
     record: RunRecord
@@ -57,12 +57,12 @@ def execute(
 ) -> Outcome:
     """Do a run, or the rest of it.
 
-    A finished run with the same identity is not done again. An interrupted one is an error unless `resume` (go
-    on after its last whole step) or `fresh` (throw away what there is) is given. What the first update leaves behind
-    is taken from `shared` where an earlier run of this process has left it there, and left there for later ones.
+    A finished run with the same identity is not done again. An interrupted one is an error unless `resume` (continue
+    after its last whole step) or `fresh` (discard it) is given. The statistics of the first update are taken from
+    `shared` if an earlier run of this process has stored them there; otherwise they are stored for later runs.
 
     Raises:
-        SparsekitError: anything a user can mend.
+        SparsekitError: any error that a user can correct.
     """
     device, tracking = find_device(resolved.settings.device), resolved.settings.tracking
     uri = resolve_uri(tracking.uri, Path(resolved.settings.output)) if tracking.enabled else None
@@ -157,7 +157,7 @@ def _checked(
 
 
 def _tracked_at(record: RunRecord) -> str | None:
-    """Where a finished run was tracked; None where MLflow was not told all of it."""
+    """MLflow's address for a finished run; None if MLflow does not have all of it."""
     tracking = record.settings["tracking"]
     if not tracking["enabled"] or any(line.startswith(UNTOLD) for line in record.degraded):
         return None

@@ -1,4 +1,4 @@
-"""What `record.json` holds."""
+"""The schema of `record.json`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-#: Raised whenever a field below changes its name, meaning or unit; part of every run's identity.
+#: Incremented with each change of a field's name, meaning or unit; part of every run's identity.
 SCHEMA_VERSION = 1
 
 
@@ -21,7 +21,7 @@ class _Schema(BaseModel):
 
 
 class LayerFitRecord(_Schema):
-    """How a layer was fitted to what it gives in the dense network: a `LayerFit` by the same names."""
+    """The fit of a layer to its outputs in the dense network, with the fields of `LayerFit`."""
 
     name: str = Field(description="of the weight, with its rows where only some were fitted at a time")
     error_before: float = Field(description="relative squared error of its outputs, on the examples fitted")
@@ -35,7 +35,7 @@ class LayerFitRecord(_Schema):
 
 
 class ReconstructionRecord(_Schema):
-    """What the reconstruction after a cut did."""
+    """The results of the reconstruction after a cut."""
 
     increase: float = Field(description="of the mean loss on the calibration examples; mostly negative")
     layers: list[LayerFitRecord] = Field(description="in the order in which they were fitted")
@@ -43,7 +43,7 @@ class ReconstructionRecord(_Schema):
 
 
 class LevelRecord(_Schema):
-    """What was reached at one of the sparsities that were asked for."""
+    """The results at one level."""
 
     sparsity: float = Field(description="asked for, as a fraction of the prunable weights")
     achieved: float = Field(description="removed, as a fraction of the prunable weights")
@@ -57,7 +57,7 @@ class LevelRecord(_Schema):
 
 
 class StepRecord(_Schema):
-    """One cut on the way to a level: what the loop's `StepCompleted` tells, by the same names."""
+    """The results of one step, with the fields of the event `StepCompleted`."""
 
     index: int = Field(ge=0, description="from 0, over the whole run")
     sparsity: float = Field(description="after the step, as a fraction of the prunable weights")
@@ -76,7 +76,7 @@ class StepRecord(_Schema):
 
 
 class RunRecord(_Schema):
-    """The whole of `record.json`: what was run, on what, and what came out."""
+    """The whole of `record.json`: the run, its machine and its results."""
 
     schema_version: int = SCHEMA_VERSION
     key: str = Field(description="SHA-256 of the identity, in hexadecimal")

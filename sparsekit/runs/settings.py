@@ -1,4 +1,4 @@
-"""What a run is, as frozen data: read from YAML and options, validated before any data is read."""
+"""The settings of a run as frozen data: read from YAML and options, validated before any data is read."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ S = TypeVar("S", bound=Settings)
 #: The components of a run: each has a name and its own settings.
 COMPONENTS = ("task", "estimator", "saliency", "schedule", "pattern")
 
-#: What a bare string means where a mapping is expected: `estimator: obs` is `estimator: {name: obs}`.
+#: The key that a plain string stands for where a mapping is expected: `estimator: obs` is `estimator: {name: obs}`.
 SHORTHAND = {**dict.fromkeys(COMPONENTS, "name"), "compensation": "how", "reconstruction": "how"}
 
 
 class TrackingSettings(Settings):
-    """Where the run is tracked."""
+    """The settings of tracking in MLflow."""
 
     enabled: bool = Field(True, description="--no-tracking turns it off")
     uri: str | None = Field(
@@ -65,7 +65,7 @@ class TrackingSettings(Settings):
 
 
 def fault_of(address: str) -> str | None:
-    """Why nothing can be reached at an address of the web; None: it can be tried. Others' schemes are not judged."""
+    """Why an HTTP address is invalid; None if it is valid or has another scheme."""
     if not address.lower().startswith(("http:", "https:")):
         return None
     if any(c.isspace() or not c.isprintable() for c in address):
@@ -79,7 +79,7 @@ def fault_of(address: str) -> str | None:
 
 
 class RunSettings(Settings):
-    """A run. The components' own settings stand beside their `name`."""
+    """The settings of a run. A component's own settings are in the same mapping as its `name`."""
 
     preset: str | None = Field(None, description="published configuration that the rest was laid over")
     task: dict[str, Any] = Field({"name": "digits"}, description="what is pruned and how it is measured")
@@ -111,13 +111,13 @@ class RunSettings(Settings):
     @field_validator("sparsity", mode="before")
     @classmethod
     def _one_level(cls, given: Any) -> Any:
-        """A single level need not be written as a list."""
+        """Accept a single level that is not in a list."""
         return (given,) if isinstance(given, int | float | str) else given
 
 
 @dataclass(frozen=True)
 class Component(Generic[C, S]):
-    """A component by name, with its settings.
+    """A component's class with its settings.
 
     Attributes:
         cls: its class.
@@ -128,14 +128,14 @@ class Component(Generic[C, S]):
     settings: S
 
     def build(self, *given: object) -> C:
-        """The component, made from its settings; `given` are its constructor's arguments before them."""
+        """The component; `given` are its constructor's arguments before the settings."""
         make: Callable[..., C] = self.cls
         return make(*given, self.settings)
 
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """Settings with every name found and every component's settings validated.
+    """The settings of a run with all names resolved and the settings of all components validated.
 
     Attributes:
         settings: the run's.
@@ -156,13 +156,13 @@ class ResolvedRun:
     independent: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, resolved, as plain data: what `run.yaml` holds and `--config` reads back."""
+        """All resolved settings as plain data: the content of `run.yaml`, which `--config` reads."""
         out = self.settings.model_dump(mode="json")
         for kind, name in self.names.items():
             out[kind] = {"name": name, **getattr(self, kind).settings.model_dump(mode="json")}
         out["finetune"] = self.finetune.model_dump(mode="json")
         out["sparsity"] = list(self.sparsity)
-        if self.settings.tracking.uri is not None:  # records are shared; what is secret stays with the user
+        if self.settings.tracking.uri is not None:  # records are shared, so they hold no secrets
             out["tracking"]["uri"] = redacted(self.settings.tracking.uri)
         return out
 
@@ -178,9 +178,9 @@ class ResolvedRun:
         }
 
     def fitted(self, available: int) -> ResolvedRun:
-        """This run with examples that nobody set as many as are `available`, at most the default.
+        """This run with its default numbers of examples limited to those `available`.
 
-        Numbers that were asked for stay as they are, and so do those that the other settings let be no smaller.
+        Numbers that were set are unchanged, and so are those that the other settings do not allow to be smaller.
         """
         options, how = self.estimator.settings, self.settings.reconstruction
         estimator, most = self.settings.estimator, options.fitting(min(options.examples, available))
@@ -196,12 +196,12 @@ class ResolvedRun:
 
 
 def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
-    """Validate a run's raw settings; nothing but names and values is looked at.
+    """Validate a run's raw settings: names and values, no data.
 
-    `preset` names a published configuration, which whatever else is given wins over.
+    `preset` names a published configuration; all other given settings override it.
 
     Raises:
-        SettingsError, PluginError: with the place, what was given and what was needed.
+        SettingsError, PluginError: a setting is invalid; the message says which, what was given and what was needed.
     """
     if raw.get("preset") is not None:
         raw = _over_preset(raw, registry)
@@ -228,7 +228,7 @@ def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
 
 
 def _component(given: Mapping[str, Any], kind: str, registry: Registry) -> Component[Any, Any]:
-    """The component that a mapping with its name and settings stands for."""
+    """The component described by a mapping with its name and settings."""
     name = given.get("name")
     if not isinstance(name, str):
         raise SettingsError(f"{kind} needs a name; known: {', '.join(registry.names(kind))}")
@@ -243,7 +243,7 @@ def _check_together(
     saliency: type[Saliency],
     pattern: type[Pattern],
 ) -> None:
-    """Refuse components that each are right and do not go together."""
+    """Refuse components that are valid by themselves but not together."""
     unit = estimator.cls.unit(estimator.settings)
     if pattern.across_layers and unit == "layer":
         raise SettingsError(
@@ -264,7 +264,7 @@ def _check_together(
 
 
 def _with_examples(settings: RunSettings, saliency: type[Saliency], options: EstimatorSettings) -> EstimatorSettings:
-    """An estimator that looks at no example is given the usual number where something else of the run does."""
+    """The estimator's settings, with the usual number of examples where it uses none but another component does."""
     if options.examples:
         return options
     for what, takes in (
@@ -281,7 +281,7 @@ def _with_examples(settings: RunSettings, saliency: type[Saliency], options: Est
 
 
 def _over_preset(raw: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
-    """The preset's settings, and over them the rest of `raw`."""
+    """The preset's settings, overridden by the rest of `raw`."""
     preset = raw["preset"]
     if not isinstance(preset, str):
         raise SettingsError(f"preset = {preset!r} is not a name; known: {', '.join(registry.names('preset'))}")
@@ -289,7 +289,7 @@ def _over_preset(raw: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
     estimators = [layer.get("estimator") for layer in (published, given)]
     its, other = (e.get("name") if isinstance(e, Mapping) else None for e in estimators)
     if its is not None and other is not None and its != other:
-        # Another name starts afresh: of the preset's examples, blocks and damping nothing would be left.
+        # Another name discards a component's settings: the preset's examples, blocks and damping would be lost.
         raise SettingsError(
             f"the preset '{preset}' is for the estimator '{its}', and '{other}' was given; leave --estimator out, or "
             "the preset"
@@ -298,7 +298,7 @@ def _over_preset(raw: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
 
 
 def validated(model: type[T], raw: Mapping[str, Any], where: str) -> T:
-    """`model` from raw values, with errors as one sentence each."""
+    """An instance of `model` from raw values; each error is one sentence."""
     if (text := unwritable(raw)) is not None:
         raise SettingsError(
             f"{shown(text)} holds a character that no file can hold (NUL, or half of a pair); leave it out"
@@ -336,10 +336,10 @@ def _fields_at(model: type[BaseModel], location: Sequence[str]) -> Mapping[str, 
 
 # -- reading -----------------------------------------------------------------------------------------------
 def read_config(path: Path) -> dict[str, Any]:
-    """A YAML file of settings.
+    """The settings in a YAML file.
 
     Raises:
-        SettingsError: missing, unreadable, too large, or not a mapping.
+        SettingsError: it is missing, unreadable, too large, or not a mapping.
     """
     data = yaml_reading.read(path)
     if data is None:
@@ -352,7 +352,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings laid over one another, the last winning; a component given by another name starts afresh."""
+    """Nested mappings merged: later values override earlier ones, a component of another name replaces the earlier."""
     out: dict[str, Any] = {}
     for layer in layers:
         for key, given in layer.items():

@@ -1,4 +1,4 @@
-"""A run as MLflow shows it: a view of the record, never the truth."""
+"""Tracking of runs in MLflow, which shows the records but does not replace them."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ __all__ = ["NullTracker", "Tracker", "TrackingError", "default_uri", "initialise
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
-# MLflow's own limits, in characters.
+# MLflow's limits, in characters.
 _KEY_LENGTH, _PARAMETER_LENGTH, _TAG_LENGTH = 250, 6000, 5000
 
-#: Seconds that a run waits at most for a server that hangs; files are allowed a mebibyte a second on top.
+#: Largest number of seconds that a run waits for a server; files get one more second for each mebibyte.
 PATIENCE = 20.0
 
 
 class NullTracker:
-    """Tracks nothing (`--no-tracking`); what a run tells `Tracker` about itself, it may tell this.
+    """A tracker that does nothing (`--no-tracking`), with the methods of `Tracker`.
 
     Attributes:
-        run_id: MLflow's name for the run, once it has started.
-        failure: the first thing that went wrong; it belongs into the record's `degraded`.
+        run_id: MLflow's id of the run, after the start.
+        failure: the first error, for the record's `degraded`.
     """
 
     run_id: str | None = None
@@ -58,31 +58,31 @@ class NullTracker:
         tags: Mapping[str, str],
         run_id: str | None = None,
     ) -> None:
-        """Begin a run, or go on with `run_id` where it still exists.
+        """Begin a run, or continue `run_id` if it still exists.
 
         Args:
             run_name: shown in the list of runs.
-            parameters: nested settings; nesting becomes dots, lists JSON, and what is too long is cut.
+            parameters: nested settings; nesting becomes dots, lists JSON, and long values are cut.
             tags: searchable strings.
             run_id: of a run that was interrupted.
         """
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Figures at a step; those that are not finite become tags `nonfinite.<name>`, not numbers."""
+        """Record figures at a step; those that are not finite become tags `nonfinite.<name>`, not numbers."""
 
     def final(self, values: Mapping[str, float]) -> None:
-        """The figures that count, under `final/`."""
+        """Record the final figures, under `final/`."""
         self.metrics({f"final/{name}": value for name, value in values.items()})
 
     def artifact(self, path: Path) -> None:
-        """Keep a file with the run."""
+        """Store a file with the run."""
 
     def finish(self, status: RunStatus = "FINISHED") -> None:
         """End the run."""
 
 
 class Tracker(NullTracker):
-    """One run in MLflow. A failure of MLflow never becomes one of the run: it is kept, and tracking stops."""
+    """One run in MLflow. An error of MLflow does not stop the run: it becomes `failure`, and tracking stops."""
 
     def __init__(self, uri: str, experiment: str = "sparsekit", artifact_root: Path | None = None) -> None:
         self.uri = uri
@@ -116,7 +116,7 @@ class Tracker(NullTracker):
         self._attempt("starting the run", begin)
 
     def find(self, tags: Mapping[str, str], finished: bool = False) -> str | None:
-        """MLflow's name for the latest run with these tags, or None; `finished`: among those that are."""
+        """MLflow's id of the latest run with these tags, or None; `finished`: only among finished runs."""
         found: list[str] = []
 
         def look() -> None:
@@ -131,14 +131,14 @@ class Tracker(NullTracker):
         return found[0] if found else None
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Figures at a step; those that are not finite become tags `nonfinite.<name>`, not numbers."""
-        # MLflow stores infinity as 1.797e308: a plot of it would be wrong, silence too.
+        """Record figures at a step; those that are not finite become tags `nonfinite.<name>`, not numbers."""
+        # MLflow stores infinity as 1.797e308, which would spoil plots.
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         others = {f"nonfinite.{name}": str(float(values[name])) for name in values if name not in finite}
         self._attempt("logging metrics", lambda: self._log(metrics=finite, tags=others, step=step))
 
     def artifact(self, path: Path) -> None:
-        """Keep a file with the run."""
+        """Store a file with the run."""
         size = path.stat().st_size if path.exists() else 0
         keep = PATIENCE + size / 2**20
         self._attempt("storing an artifact", lambda: self._client.log_artifact(self.run_id, str(path)), keep)
@@ -158,13 +158,13 @@ class Tracker(NullTracker):
     def _attempt(self, what: str, action: Callable[[], None], patience: float | None = None) -> None:
         if self.failure is not None:
             return
-        mlflow_module()  # importing it takes seconds, which are not the server's
+        mlflow_module()  # importing takes seconds, which must not count as the server's
         try:
             with quiet():
                 if sqlite_path(self.uri) is None:
                     _bounded(action, PATIENCE if patience is None else patience)
                 else:
-                    action()  # has bounds of its own
+                    action()  # SQLite has its own timeout
         except failures(TrackingError) as error:
             said = addresses.without_secrets(first_line(error), self.uri)
             self.failure = f"tracking stopped while {what}: {said}"
@@ -184,10 +184,10 @@ class Tracker(NullTracker):
 
 
 def _bounded(action: Callable[[], None], seconds: float) -> None:
-    """Do it in a thread of its own, which is left behind where it takes longer.
+    """Run the action in a thread, which is abandoned if it takes longer.
 
     Raises:
-        TrackingError: it does.
+        TrackingError: it takes longer.
     """
     done: Future[None] = Future()
 
@@ -216,7 +216,7 @@ def _flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _name(name: str) -> str:
-    """A name that MLflow takes: its characters, and a relative path that goes nowhere else."""
+    """A name that MLflow accepts: allowed characters, and a relative path without `..`."""
     cleaned = re.sub(r"[^A-Za-z0-9_\-.: /]", "_", name)
     if posixpath.normpath(cleaned) != cleaned or cleaned.startswith(("/", ".")):
         cleaned = "/".join(part for part in cleaned.split("/") if part.strip(".")) or "_"

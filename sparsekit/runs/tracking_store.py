@@ -21,8 +21,8 @@ from filelock import FileLock, Timeout
 from sparsekit.runs import addresses
 from sparsekit.runs.addresses import TrackingError
 
-# Set before mlflow is imported, and only where the user has not: an offline tool sends no telemetry, and a
-# server that has gone away may hold up a run for a minute, not for ten.
+# Set before mlflow is imported, unless the user has set them: an offline tool sends no telemetry, and a
+# server that is gone must not delay a run for ten minutes.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -34,15 +34,15 @@ _ENVIRONMENT = {
 
 def default_uri(output: Path) -> str:
     """The SQLite file `mlflow.db` in the output folder, as an absolute URI."""
-    # SQLAlchemy reads the path percent-decoded, and takes what follows a '?' for options.
+    # SQLAlchemy decodes percent signs in the path, and reads what follows a '?' as options.
     return "sqlite:///" + quote((Path(output).resolve() / "mlflow.db").as_posix())
 
 
 def resolve_uri(explicit: str | None, output: Path) -> str:
-    """Where to track: what was asked for, else `MLFLOW_TRACKING_URI`, else `default_uri`.
+    """MLflow's address: the given one, else `MLFLOW_TRACKING_URI`, else `default_uri`.
 
     Raises:
-        TrackingError: it can be no address; whether somebody answers there is not asked.
+        TrackingError: it is not a valid address; whether a server answers is not checked.
     """
     uri = explicit or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(output)
     addresses.check(uri)
@@ -50,23 +50,23 @@ def resolve_uri(explicit: str | None, output: Path) -> str:
 
 
 def ui_command(uri: str) -> str:
-    """The command that shows the runs in a browser; the address itself where a server already does."""
+    """The command that shows the runs in a browser; for a server its address."""
     if uri.startswith(("http://", "https://")):
         return addresses.redacted(uri)
     return f"mlflow ui --backend-store-uri {shlex.quote(addresses.redacted(uri))}"
 
 
 def initialise(uri: str, experiment: str = "sparsekit", artifact_root: Path | None = None) -> None:
-    """Make the tracking place ready, once, however many runs ask for it at the same time.
+    """Create the database and the experiment if they do not exist; safe if several runs do it at the same time.
 
     Args:
         uri: SQLite file, server or other database. A SQLite file and its folder are created.
-        experiment: created where it does not exist.
-        artifact_root: where a new experiment in a SQLite file keeps its artifacts; `mlartifacts` beside the
-            file unless given. Elsewhere the server decides.
+        experiment: created if it does not exist.
+        artifact_root: folder for the artifacts of a new experiment in a SQLite file; by default `mlartifacts` beside
+            the file. Otherwise the server decides.
 
     Raises:
-        TrackingError: the place cannot be reached, or is not one.
+        TrackingError: the address cannot be reached, or is not a tracking store.
     """
     path = sqlite_path(uri)
     if uri.startswith(("http://", "https://")):
@@ -91,8 +91,8 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def _check_server(uri: str) -> None:
-    # MLflow's client would try for minutes; any answer at all means that somebody is there.
-    parts = urlsplit(uri)  # credentials and queries are MLflow's: urllib would take them for parts of the host or path
+    # MLflow's client would retry for minutes; any answer means that a server is there.
+    parts = urlsplit(uri)  # credentials and queries are for MLflow: urllib would read them as parts of host or path
     place = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
     try:
         urllib.request.urlopen(place.rstrip("/") + "/health", timeout=10).close()
@@ -107,18 +107,18 @@ def _check_server(uri: str) -> None:
 
 
 def _make_database(path: Path) -> None:
-    """MLflow's tables, made under another name: a kill while they are leaves no half a database in the way."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")  # MLflow knows a store by its address
-    for stale in path.parent.glob(f".{path.name}.*.new*"):  # of one that was killed, with its journal
+    """Create MLflow's tables under another name, so that a killed process leaves no incomplete database."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")  # a new name: MLflow caches stores by address
+    for stale in path.parent.glob(f".{path.name}.*.new*"):  # from a killed process, with its journal
         stale.unlink()
     client_of(default_uri(path.parent).rpartition("/")[0] + "/" + quote(beside.name)).search_experiments()
-    with closing(sqlite3.connect(beside)) as connection:  # all of it in the one file
+    with closing(sqlite3.connect(beside)) as connection:  # moves the journal into the file
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     os.replace(beside, path)
 
 
 def _check_database(path: Path) -> None:
-    # MLflow's client retries for 100 seconds on a file that cannot be opened; SQLite itself says so at once.
+    # MLflow's client retries for 100 seconds on a file that cannot be opened; SQLite raises at once.
     with closing(sqlite3.connect(path, timeout=30)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("SELECT count(*) FROM sqlite_master")
@@ -140,7 +140,7 @@ def _explained(uri: str) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of what the database said, else of what mlflow said."""
-    # SQLAlchemy wraps the database's own sentence in several of its own, and mlflow wraps those.
+    # SQLAlchemy wraps the database's message in several of its own, and mlflow wraps those.
     own = getattr(error, "orig", None) or getattr(error.__cause__, "orig", None) or error
     return (str(own).strip().splitlines() or [type(error).__name__])[0]
 
@@ -148,13 +148,13 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Mlflow and SQLAlchemy neither log nor warn inside."""
-    # MLflow logs a page of traceback for a failure that it then raises, and that we report in a sentence.
+    # MLflow logs a long traceback for an error that it also raises, and that we report in one sentence.
     logger = logging.getLogger("mlflow.store.db.utils")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
-            # mlflow 3.17 on SQLAlchemy 2.1: a loader strategy of theirs is deprecated, nothing of ours.
+            # mlflow 3.17 with SQLAlchemy 2.1 uses a deprecated loader strategy.
             warnings.filterwarnings("ignore", "The ``noload`` loader strategy", DeprecationWarning)
             yield
     finally:
@@ -162,7 +162,7 @@ def quiet() -> Iterator[None]:
 
 
 def mlflow_module() -> Any:
-    """The one door to mlflow, so that it is never imported before its environment is set."""
+    """Import mlflow; all uses go through here, so that its environment is set before the import."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import mlflow.tracking
@@ -171,7 +171,7 @@ def mlflow_module() -> Any:
 
 
 def failures(*others: type[Exception]) -> tuple[type[Exception], ...]:
-    """What mlflow raises when its store fails, and `others`; not what a mistake of ours raises."""
+    """The exceptions of mlflow when its store fails, and `others`; not those of our own bugs."""
     failure: type[Exception] = mlflow_module().exceptions.MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -194,7 +194,7 @@ def _ensure_experiment(uri: str, name: str, artifact_root: Path | None) -> str:
         except mlflow_module().exceptions.MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # another run on the server was first
+            found = client.get_experiment_by_name(name)  # another run has created it meanwhile
     if found.lifecycle_stage != "active":
         raise TrackingError(
             f"the MLflow experiment '{name}' at {addresses.redacted(uri)} was deleted; restore it with "

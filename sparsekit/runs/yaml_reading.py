@@ -1,4 +1,4 @@
-"""YAML as settings are written in: read strictly, within bounds, and with one sentence where it is wrong."""
+"""Strict reading of settings in YAML, with limits on the size, and errors of one sentence."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import yaml
 
 from sparsekit.errors import SettingsError
 
-#: Of a file, bytes; the largest that anyone writes by hand is a hundredth of it.
+#: Largest file in bytes; files written by hand are far smaller.
 MOST_BYTES = 1 << 20
 
-#: Values, keys and containers, an alias counting as all that it stands for.
+#: Largest number of values, keys and containers; an alias counts as everything that it stands for.
 MOST_NODES = 20_000
 
-#: Containers within one another.
+#: Deepest nesting of containers.
 MOST_LEVELS = 50
 
-#: What the constructors of PyYAML raise for a text that is no value of its type.
+#: The exceptions of PyYAML's constructors for text that is not a value of its type.
 _NOT_A_VALUE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which refuses what it would silently lose or endlessly expand; dates stay text."""
+    """The safe loader; duplicate keys and unbounded aliases are refused, and dates stay text."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -52,9 +52,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _check(self, node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[int, int]:
-        """(nodes, levels) that it stands for; refuses duplicate keys, and an alias within what it stands for."""
+        """(nodes, levels) of a node with its aliases expanded; refuses duplicate keys and a node that contains itself."""
         if id(node) not in sizes:
-            sizes[id(node)] = MOST_NODES + 1, 0  # until it is known: one that holds itself has no end
+            sizes[id(node)] = MOST_NODES + 1, 0  # until known: a node that contains itself exceeds the limit
             parts: list[yaml.Node] = []
             if isinstance(node, yaml.MappingNode):
                 _check_keys(node)
@@ -101,10 +101,10 @@ def _short(text: str) -> str:
 
 
 def parse(text: str) -> Any:
-    """What a YAML text says.
+    """The value of a YAML text.
 
     Raises:
-        ValueError: why it cannot be read, with the place.
+        ValueError: it cannot be read; the message says why and where.
     """
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a safe loader with more refusals
@@ -118,10 +118,10 @@ def parse(text: str) -> Any:
 
 
 def read(path: Path) -> Any:
-    """What a YAML file says.
+    """The value of a YAML file.
 
     Raises:
-        SettingsError: it is missing, too large, no text or no YAML.
+        SettingsError: it is missing, too large, not text or not YAML.
     """
     try:
         with path.open("rb") as file:

@@ -1,17 +1,17 @@
-"""What a likelihood is: the loss, its labels' distribution, and its curvature in the outputs.
+"""The interface of likelihoods: the loss, its labels' distribution, and its curvature in the outputs.
 
 A Fisher matrix needs more than a loss: labels drawn from the model's own distribution, or the square root
 of the loss's Hessian in the outputs. A likelihood supplies these beside the loss.
 
 Every likelihood here is a sum or a mean over the T positions (or output units) of an example; L is the mean
-over examples of that. Dividing by T scales the loss by 1/T but the covariance of its gradient by 1/T²; Fisher
-rows are therefore taken from a *score* scaled by 1/√T, so that their second moment is the Gauss-Newton matrix
-of the very loss that is reported.
+of that over examples. Dividing by T scales the loss by 1/T but the covariance of its gradient by 1/T². Gradient rows
+are therefore taken from a *score* scaled by 1/√T, so that their second moment is the Gauss-Newton matrix of the
+reported loss.
 
 Positions may have weights (class weights; zero where a target is ignored). A weight multiplies a position's loss, and
-so its curvature; the Fisher counts a position of weight two as two. Where a mean divides by the sum of weights, as
-torch's cross-entropy does, it does so within a batch, and `divisor` tells by what: an average of batches in proportion
-to it divides by the sum over all examples, however they were cut into batches.
+so its curvature; the Fisher counts a position of weight two as two. Some means divide by the sum of weights within a
+batch, as torch's cross-entropy does; `divisor` is that sum. An average of batches in proportion to `divisor` divides by
+the sum over all examples, whatever the batches.
 """
 
 from __future__ import annotations
@@ -49,14 +49,15 @@ class Likelihood(ABC):
     def root_columns(self, output: Tensor) -> Iterator[Tensor]:
         """Columns r_c of Λ^{1/2}, shaped like `output`: Σ_c r_c r_cᵀ = Λ = ∂²(Σ_t −log p)/∂output².
 
-        For positions that are independent given the output, cross terms between positions have mean zero
-        only; so a column covers one position at a time where there are several.
+        Positions are independent given the output, so cross terms between them are zero on average only; where there
+        are several positions, each column is non-zero at one of them.
         """
 
     def drawn_root(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """A random v of each example, shaped like `output`, with E[v vᵀ] = Λ: one backward pass for all columns.
+        """A random v for each example, shaped like `output`, with E[v vᵀ] = Λ: one backward pass for all columns.
 
-        The columns of Λ^{1/2} with random signs; a likelihood whose curvature is known by position does better.
+        By default the sum of the columns of Λ^{1/2} with random signs; a likelihood that knows its curvature by
+        position has draws with less noise.
         """
         total = torch.zeros_like(output)
         for column in self.root_columns(output):
@@ -80,7 +81,7 @@ class Likelihood(ABC):
     def score(self, output: Tensor, target: Tensor) -> Tensor:
         """(N,): −log p scaled so that, for sampled labels, E[∇score ∇scoreᵀ] is the Gauss-Newton matrix of L.
 
-        A position of weight W is divided by √W, as its gradient's square counts W times, not W² times.
+        A position of weight W is divided by √W: the square of its gradient must count W times, not W² times.
         """
         values = self.elementwise(output, target).flatten(1)
         weights = self.weights(output, target)
@@ -89,7 +90,7 @@ class Likelihood(ABC):
         return values.sum(1) * self.score_scale(values.shape[1])
 
     def sampled_score(self, output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-        """As `score`, at labels drawn from p(y | output); of `target` the weights alone count."""
+        """As `score`, at labels drawn from p(y | output); `target` only determines the weights."""
         drawn, weights = self.sample(output.detach(), generator), self.weights(output, target)
         if weights is None:
             return self.plain.score(output, drawn)
@@ -101,29 +102,29 @@ class Likelihood(ABC):
         return positions**-0.5 if self.reduction == "mean" else 1.0
 
     def root_scale(self, output: Tensor, target: Tensor) -> float | Tensor:
-        """What turns the columns of Λ^{1/2} into those of the batch's loss: `score_scale`, times √W by position."""
+        """The factor from the columns of Λ^{1/2} to those of the batch's loss: `score_scale`, times √W by position."""
         scale, weights = self.score_scale(self.positions(output)), self.weights(output, target)
         return scale if weights is None else weights.sqrt() * scale
 
-    # -- weights of positions; a likelihood without any need not override what follows ---------------------------
+    # -- weights of positions; a likelihood without weights need not override these methods ----------------------
     def weights(self, output: Tensor, target: Tensor) -> Tensor | None:
-        """W, what each position's curvature counts in this batch's loss beside a plain mean; None: 1 everywhere.
+        """W, the weight of each position's curvature in this batch's loss relative to a plain mean; None: 1 everywhere.
 
-        Of as many dimensions as `output`, (N, 1, T…) for classes in the second one and (N, …) for units.
+        It has as many dimensions as `output`: (N, 1, T…) for classes in the second one and (N, …) for units.
         """
         return None
 
     @property
     def plain(self) -> Likelihood:
-        """The same distribution without weights: what labels are drawn from."""
+        """The same distribution without weights, from which labels are drawn."""
         return self
 
     def divisor(self, target: Tensor) -> float:
-        """What the mean over this batch divides by: batches count in proportion. By default its examples."""
+        """The divisor of the mean over this batch, in proportion to which batches count; by default its examples."""
         return float(len(target))
 
     def counted(self, target: Tensor) -> float:
-        """What `accuracy` divides by, in the same way."""
+        """The divisor of `accuracy`, in the same way."""
         return float(len(target))
 
     @abstractmethod
@@ -131,9 +132,9 @@ class Likelihood(ABC):
         """T, the number of independent positions (or units) of one example's output."""
 
     def accuracy(self, output: Tensor, target: Tensor) -> Tensor | None:
-        """(N,) with the batch's accuracy as its mean: of each example the fraction of positions predicted right.
+        """(N,) the fraction of each example's positions that are predicted right; its mean is the batch's accuracy.
 
-        None where the notion has no meaning.
+        None where accuracy is not defined.
         """
         return None
 
@@ -145,7 +146,7 @@ def signs(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> T
 
 
 def same_shape(name: str, output: Tensor, target: Tensor) -> None:
-    """A DataError where a target would be broadcast."""
+    """Raise a DataError where a target would be broadcast."""
     if output.shape != target.shape:
         raise DataError(
             f"the {name} loss compares outputs and targets of one shape; the model gives {tuple(output.shape)}, the "

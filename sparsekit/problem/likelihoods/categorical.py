@@ -1,4 +1,4 @@
-"""Classes: cross-entropy, with class weights, ignored targets, label smoothing and soft labels as torch has them."""
+"""Cross-entropy over classes, with class weights, ignored targets, label smoothing and soft labels as in torch."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from sparsekit.problem.likelihoods.base import Likelihood, Reduction, one_positi
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    """Softmax outputs: logits (N, C) or (N, C, …), targets (N,) or (N, …) of class indices; cross-entropy.
+    """Cross-entropy of logits (N, C) or (N, C, …) with targets (N,) or (N, …) of class indices.
 
-    Or soft targets, of the logits' shape: a distribution over the classes at each position. The mean over a batch is
-    torch's: over positions that are not ignored, with class weights divided by the sum of those of the targets.
+    Targets may also be soft: of the logits' shape, a distribution over the classes at each position. The mean over a
+    batch is torch's: over positions that are not ignored, class weights divided by the sum of those of the targets.
 
     Attributes:
-        reduction: over the positions of all examples, or the sum over those of one.
-        weight: of each class, (C,); a tensor or any sequence of numbers is taken.
+        reduction: the mean over the positions of all examples, or the sum over those of one.
+        weight: of each class, (C,); a tensor or any sequence of numbers is accepted.
         ignore_index: the target of positions that do not count.
         label_smoothing: ε; targets become (1 − ε) of themselves plus ε/C for every class.
 
     Raises:
         SettingsError: a weight is negative or not finite, or ε is not in [0, 1].
-        DataError: at use, for targets that are no labels of such outputs.
+        DataError: at use, if the targets are not valid labels for the outputs.
     """
 
     reduction: Reduction = "mean"
@@ -39,7 +39,7 @@ class Categorical(Likelihood):
     name = "categorical"
 
     def __post_init__(self) -> None:
-        if self.weight is not None:  # as numbers: a tensor can be neither compared nor hashed
+        if self.weight is not None:  # kept as numbers, because a tensor can be neither compared nor hashed
             given = tuple(float(w) for w in self.weight)
             object.__setattr__(self, "weight", given)
             if not (given and all(0 <= w < math.inf for w in given) and sum(given) > 0):
@@ -81,9 +81,9 @@ class Categorical(Likelihood):
     def drawn_root(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """At every position one column, drawn by its squared length and divided by the root of its probability.
 
-        v has the length √tr Λ there, whatever is drawn. Where a network is sure of its answer, almost every
-        sampled label gives a vanishing gradient and a rare one a huge one; this draw has no such noise. Signs are
-        random where there are several positions, so that the parts between them have mean zero.
+        At each position v has the length √tr Λ, whatever is drawn. Where a network is sure of its answer, almost every
+        sampled label gives a vanishing gradient and a rare one a huge one; this draw has no such noise. Where there
+        are several positions signs are random, so that cross terms between positions have mean zero.
         """
         p = output.detach().softmax(1).movedim(1, -1)  # (N, …, C)
         squares = p.double() * (p.square().sum(-1, keepdim=True) - 2 * p + 1)
@@ -107,7 +107,7 @@ class Categorical(Likelihood):
         return output[0, 0].numel()
 
     def accuracy(self, output: Tensor, target: Tensor) -> Tensor:
-        """Top-1, of positions that are not ignored; the likeliest class of a soft target is its label."""
+        """Top-1 over positions that are not ignored; the label of a soft target is its most likely class."""
         labels, kept = (target.argmax(1), None) if target.is_floating_point() else (target, self._kept(target))
         right = output.argmax(1) == labels
         values = (right if kept is None else right & kept).double().unsqueeze(-1).flatten(1).mean(1)
@@ -137,7 +137,7 @@ class Categorical(Likelihood):
         return Categorical(self.reduction)
 
     def divisor(self, target: Tensor) -> float:
-        """As torch: positions, those of class indices that are not ignored, each by the weight of its class."""
+        """As in torch: the positions that are not ignored, each weighted by its class where targets are indices."""
         if self.reduction == "sum":
             return float(len(target))
         if self.weight is None or target.is_floating_point():
@@ -154,7 +154,7 @@ class Categorical(Likelihood):
         return float(target.numel() if kept is None else kept.sum())
 
     def _ratio(self, labels: Tensor) -> float:
-        """Positions by what the mean divides by, which is not their number: exactly 1 where it is."""
+        """The number of positions over the divisor of the mean; exactly 1 where they are equal."""
         if self.reduction == "sum":
             return 1.0
         divisor = self.divisor(labels)
@@ -167,7 +167,7 @@ class Categorical(Likelihood):
         return None if bool(kept.all()) else kept
 
     def _labels(self, target: Tensor, output: Tensor | None = None) -> Tensor:
-        """The targets, found to be class indices (as int64) or distributions over the classes of `output`."""
+        """The targets, after checking that they are class indices (as int64) or distributions over the classes."""
         classes = len(self.weight or ()) if output is None else self._classes(output)
         if output is not None:
             _refuse_shapes(output, target)
@@ -204,9 +204,9 @@ class Categorical(Likelihood):
 
 @dataclass(frozen=True)
 class LogProbabilities(Categorical):
-    """The same for networks that end in log_softmax, as `torch.nn.NLLLoss` wants them.
+    """Cross-entropy for networks that end in log_softmax, as `torch.nn.NLLLoss` expects.
 
-    Log-probabilities are logits of themselves: loss and Gauss-Newton matrix are those of cross-entropy.
+    The softmax of log-probabilities is the probabilities, so loss and Gauss-Newton matrix are those of cross-entropy.
     """
 
     def elementwise(self, output: Tensor, target: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ class LogProbabilities(Categorical):
 
 
 def _refuse_shapes(output: Tensor, target: Tensor) -> None:
-    """A DataError unless the target is (N, …) integers or (N, C, …) floats for outputs (N, C, …)."""
+    """Raise a DataError unless the target is (N, …) integers or (N, C, …) floats for outputs (N, C, …)."""
     indices = (len(output), *output.shape[2:])
     if target.is_complex() or tuple(target.shape) == indices and target.is_floating_point():
         raise DataError(

@@ -1,4 +1,4 @@
-"""Losses that are no likelihoods yet: torch's, which become one, and any other callable, which has gradients alone."""
+"""Conversion of losses to likelihoods: torch's are recognised, any other callable has gradients only."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Unspecified(Likelihood):
-    """Any loss(output, target) -> scalar mean over the examples: it has gradients, but no distribution of labels.
+    """Any loss(output, target) -> scalar mean over the examples; it has gradients, but no distribution of labels.
 
-    Only the empirical Fisher can be taken of it. It is called for one example at a time, so that each has a loss of
-    its own; that the mean (or sum) of these is the batch's loss is checked in every batch.
+    Only its empirical Fisher is defined. It is called for one example at a time, so that each has a loss of its own;
+    every batch is checked to have the mean (or sum) of these as its loss.
     """
 
     function: Loss
@@ -32,7 +32,7 @@ class Unspecified(Likelihood):
     name = "unspecified"
 
     def elementwise(self, output: Tensor, target: Tensor) -> Tensor:
-        """One example at a time, so that a mean over the batch is undone."""
+        """The loss of each example, called one at a time because the loss averages over the batch."""
         values = torch.stack([self._called(output[i : i + 1], target[i : i + 1]) for i in range(len(output))])
         if len(output) > 1:
             self._compare(values.detach(), output.detach(), target)
@@ -61,16 +61,16 @@ class Unspecified(Likelihood):
         return value.reshape(())
 
     def _compare(self, alone: Tensor, output: Tensor, target: Tensor) -> None:
-        """A DataError where the batch's loss is neither the examples' mean nor their sum."""
+        """Raise a DataError where the batch's loss is neither the examples' mean nor their sum."""
         with torch.no_grad():
             whole = self.function(output, target)
         tolerance = torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().mean())
         mean, given = float(alone.mean()), float(whole.double().mean())
-        if whole.numel() == len(alone):  # a number for each
+        if whole.numel() == len(alone):  # one number for each example
             agrees = bool(((whole.reshape(-1) - alone).abs() <= tolerance).all())
         else:
             agrees = abs(given - mean) <= tolerance or abs(given / len(alone) - mean) <= tolerance or given == mean
-        if agrees or not bool(output.isfinite().all()):  # a loss that is not finite is told of elsewhere
+        if agrees or not bool(output.isfinite().all()):  # a loss that is not finite is reported elsewhere
             return
         raise DataError(
             f"the loss {self._title} is {given:.6g} for a batch of {len(alone)}, the mean of its examples one at a "
@@ -101,7 +101,7 @@ _NAMED: dict[str, Callable[[], Likelihood]] = {
     "gaussian": Gaussian,
 }
 
-#: torch's function -> its module, the likelihood, and the options that this takes over.
+#: torch's function -> its module, the likelihood, and the options that the likelihood supports.
 _TORCH: dict[Any, tuple[type[nn.Module], Callable[..., Likelihood], tuple[str, ...]]] = {
     F.cross_entropy: (nn.CrossEntropyLoss, Categorical, ("weight", "ignore_index", "label_smoothing")),
     F.nll_loss: (nn.NLLLoss, LogProbabilities, ("weight", "ignore_index")),
@@ -114,12 +114,12 @@ def as_likelihood(loss: str | Loss | Likelihood) -> Likelihood:
     """A likelihood from its name, from torch's loss modules and functions, or from any loss.
 
     Torch's cross-entropy, negative log-likelihood, binary cross-entropy with logits and mean squared error are
-    recognised, with the options that they have, as modules, functions and functions with options set by
-    `functools.partial`. reduction='sum' is the sum over an example's positions; the mean over examples is taken of
-    that. Any other callable becomes `Unspecified`.
+    recognised, with their options, as modules, functions and functions with options set by `functools.partial`.
+    reduction='sum' is the sum over an example's positions, followed by the mean over examples. Any other callable
+    becomes `Unspecified`.
 
     Raises:
-        SettingsError: there is no loss of that name, or torch's options leave open what the loss is.
+        SettingsError: there is no loss of that name, or torch's options do not determine the loss.
     """
     if isinstance(loss, Likelihood):
         return loss
@@ -145,7 +145,7 @@ def as_likelihood(loss: str | Loss | Likelihood) -> Likelihood:
 
 
 def _known(name: str, given: Mapping[str, Any], options: tuple[str, ...]) -> dict[str, Any]:
-    """The options, found to be such that a likelihood can have them."""
+    """The options, after checking that the likelihood supports them."""
     reduction = given.get("reduction", "mean")
     if reduction not in ("mean", "sum"):
         raise SettingsError(

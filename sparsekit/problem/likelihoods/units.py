@@ -1,4 +1,4 @@
-"""Units that are independent given the output: Bernoulli and Gaussian, binary cross-entropy and squared error."""
+"""Likelihoods of independent units: Bernoulli (binary cross-entropy) and Gaussian (squared error)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsekit.errors import DataError, SettingsError
 from sparsekit.problem.likelihoods.base import Likelihood, Reduction, one_unit_at_a_time, same_shape, signs
 
-#: Numbers of a tensor, nested by dimension: unlike a tensor they can be compared and hashed.
+#: A tensor's numbers, nested by dimension; unlike a tensor they can be compared and hashed.
 Numbers = float | tuple["Numbers", ...]
 
 
@@ -24,8 +24,8 @@ class Bernoulli(Likelihood):
 
     Attributes:
         reduction: over the units of an example.
-        weight: of each unit, broadcast to the units of one example; a tensor is taken.
-        pos_weight: of the part of the loss that a target of 1 has, in the same way.
+        weight: of each unit, broadcast to the units of one example; a tensor is accepted.
+        pos_weight: of the loss of targets of 1, in the same way.
 
     Raises:
         SettingsError: a weight is negative or not finite, or, at use, does not fit an example's units.
@@ -65,7 +65,7 @@ class Bernoulli(Likelihood):
         return values.reshape(len(output), -1)
 
     def weights(self, output: Tensor, target: Tensor) -> Tensor | None:
-        """At each unit w (1 + (p − 1) y), p the pos_weight: the loss's second derivative has that times σ (1 − σ)."""
+        """At each unit w (1 + (p − 1) y), p the pos_weight: the loss's second derivative is that times σ (1 − σ)."""
         weight, positive = self._of_units("weight", output), self._of_units("pos_weight", output)
         if weight is None and positive is None:
             return None
