@@ -123,8 +123,11 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def print_summary(outcome: Outcome) -> None:
-    """The summary for people, on standard output."""
+def print_summary(outcome: Outcome, as_json: bool) -> None:
+    """What a run came to, on standard output."""
+    if as_json:
+        sys.stdout.write(json.dumps(summary(outcome), indent=2) + "\n")
+        return
     record, console = outcome.record, terminal()
     if outcome.repeated:
         console.print("This run was finished before; nothing was done now (--fresh does it again).")

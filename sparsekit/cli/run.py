@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sparsekit.cli.display import ProgressDisplay, print_preview, print_summary, summary
+from sparsekit.cli.display import ProgressDisplay, print_preview, print_summary
 from sparsekit.cli.terminal import keep
 from sparsekit.registry.installed import load_registry
 from sparsekit.runs.preview import preview
@@ -74,16 +72,10 @@ def run(
     if dry_run:
         print_preview(preview(resolved), as_json)
         return
-    with ProgressDisplay(resolved) as display:
-        outcome = execute(
-            resolved, registry, resume=resume, fresh=fresh, listener=display.event, progress=display.progress
-        )
+    with ProgressDisplay(resolved) as show:
+        outcome = execute(resolved, registry, resume=resume, fresh=fresh, listener=show.event, progress=show.progress)
     keep(outcome.path)
-    if as_json:
-        json.dump(summary(outcome), sys.stdout, indent=2)
-        sys.stdout.write("\n")
-    else:
-        print_summary(outcome)
+    print_summary(outcome, as_json)
 
 
 def _some(**values: Any) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def failures(*others: type[Exception]) -> tuple[type[Exception], ...]:
 
 
 def client_of(uri: str) -> Any:
-    """A client of this URI alone: MLflow's global state is never set."""
+    """A client of this URI only: MLflow's global state is never set."""
     with quiet():  # the first client imports the models that warn
         return mlflow_module().MlflowClient(tracking_uri=uri)
 
