@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,15 +63,15 @@ def prune(
     *,
     loss: str | Loss | Likelihood,
     sparsity: float = 0.9,
-    estimator: str | Mapping[str, Any] = "fishleg",
-    saliency: str | Mapping[str, Any] = "obs",
-    pattern: str | Mapping[str, Any] = "unstructured",
-    schedule: str | Mapping[str, Any] = "one-shot",
+    estimator: str | Mapping[str, object] = "fishleg",
+    saliency: str | Mapping[str, object] = "obs",
+    pattern: str | Mapping[str, object] = "unstructured",
+    schedule: str | Mapping[str, object] = "one-shot",
     steps: int = 4,
     substeps: int = 1,
-    compensation: str | Mapping[str, Any] = "joint",
-    reconstruct: str | Mapping[str, Any] = "none",
-    finetune: Mapping[str, Any] | None = None,
+    compensation: str | Mapping[str, object] = "joint",
+    reconstruct: str | Mapping[str, object] = "none",
+    finetune: Mapping[str, object] | None = None,
     evaluation: Iterable[Batch] | Callable[[nn.Module], Metrics] | None = None,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
@@ -122,7 +121,7 @@ def prune(
             "finetune.batch_size has no effect here, fine-tuning takes the batches of data as they are; leave it out "
             "and give data in batches of that size"
         )
-    raw: dict[str, Any] = {
+    raw: dict[str, object] = {
         "estimator": estimator,
         "saliency": saliency,
         "pattern": pattern,

@@ -87,8 +87,9 @@ def _read(
     tracking = {**({"uri": uri} if uri else {}), **({"enabled": False} if no_tracking else {})}
     raw = read_config(file)
     for section, given in (("run", {"task": task} if task else {}), ("tracking", tracking)):
-        if isinstance(raw.get(section, {}), Mapping):  # else it is refused below
-            raw[section] = merge(raw.get(section, {}), given)
+        old = raw.get(section, {})
+        if isinstance(old, Mapping):  # else it is refused below
+            raw[section] = merge(old, given)
     return validated(ComparisonSettings, merge(raw, *(parse_assignment(text) for text in assignments)), "")
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -93,7 +93,7 @@ class Lines:
         self._last = what
 
 
-def summary(outcome: Outcome) -> dict[str, Any]:
+def summary(outcome: Outcome) -> dict[str, object]:
     """The summary for scripts; accuracies as fractions."""
     record = outcome.record
     return {

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -67,7 +67,7 @@ def diff(
         _print_overlaps(by_name)
 
 
-def _plain(each: Overlap) -> dict[str, Any]:
+def _plain(each: Overlap) -> dict[str, object]:
     return {**asdict(each), "agreement": each.agreement, "expected_agreement": each.expected_agreement}
 
 
@@ -115,5 +115,5 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _print_json(content: Mapping[str, Any]) -> None:
+def _print_json(content: Mapping[str, object]) -> None:
     typer.echo(json.dumps(content, indent=2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -48,7 +48,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
 ) -> None:
     """Prune a trained network with second-order information, track it, and report what it cost."""
-    options: dict[str, Any] = {
+    options: dict[str, object] = {
         "preset": preset,
         "estimator": _some(name=estimator),
         "task": _some(name=task, data_dir=data_dir, checkpoint=checkpoint),
@@ -65,7 +65,7 @@ def run(
         "output": output,
         "tracking": _some(uri=tracking_uri, enabled=False if no_tracking else None),
     }
-    layers: list[Mapping[str, Any]] = [read_config(config)] if config else []
+    layers: list[Mapping[str, object]] = [read_config(config)] if config else []
     layers += [_some(**options), *(parse_assignment(text) for text in assignments or [])]
     registry = load_registry()
     resolved = resolve(merge(*layers), registry)
@@ -78,6 +78,6 @@ def run(
     print_summary(outcome, as_json)
 
 
-def _some(**values: Any) -> dict[str, Any]:
+def _some(**values: object) -> dict[str, object]:
     """The values that were given."""
     return {key: value for key, value in values.items() if value is not None and value != {}}

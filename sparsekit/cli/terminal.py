@@ -6,7 +6,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -63,7 +63,7 @@ class Stream:
         if self._null is not None:
             self._null.close()
 
-    def _try(self, action: Any, *given: str) -> None:
+    def _try(self, action: Callable[..., object], *given: str) -> None:
         if self.lost is not None:
             return
         try:

@@ -125,7 +125,7 @@ def workers_for(cores: int, memory: int, threads: int, device: torch.device) -> 
     return max(1, min(cores // threads, int(0.9 * available_memory(device).host // memory)))
 
 
-def _shown(given: ComparisonSettings) -> dict[str, Any]:
+def _shown(given: ComparisonSettings) -> dict[str, object]:
     """The file as the plan and the report show it, without secrets in addresses."""
     plain = given.model_dump(mode="json")
     if given.tracking.uri is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -33,8 +33,8 @@ class PlannedRun(_Schema):
     )
     seed: int
     directory: str = Field(description="of its record, relative to the comparison's directory")
-    settings: dict[str, Any] = Field(description="of the run, as `sparsekit run --config` reads them")
-    departures: dict[str, Any] = Field(
+    settings: dict[str, object] = Field(description="of the run, as `sparsekit run --config` reads them")
+    departures: dict[str, object] = Field(
         default_factory=dict, description="settings that differ from the estimator's (or preset's) own defaults"
     )
     memory_bytes: int = Field(default=0, description="what its worker is expected to need at most")
@@ -45,7 +45,7 @@ class Plan(_Schema):
     """`plan.json`: everything that was to be run, and under which protocol."""
 
     name: str
-    file: dict[str, Any] = Field(description="the comparison's file, with what the command line changed")
+    file: dict[str, object] = Field(description="the comparison's file, with what the command line changed")
     reference: str | None = Field(description="the method that others are compared with, seed by seed")
     warnings: list[str] = Field(description="where the file departs from the protocol, a sentence each")
     seeds_vary: list[str] = Field(description="what differs between two seeds of one point")

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -67,11 +66,11 @@ class ComparisonSettings(Settings):
         max_length=LONGEST_NAME,
         description="of the comparison; names its folder",
     )
-    run: dict[str, Any] = Field({}, description="settings of a run that all share")
-    methods: dict[str, dict[str, Any]] = Field(
+    run: dict[str, object] = Field({}, description="settings of a run that all share")
+    methods: dict[str, dict[str, object]] = Field(
         min_length=1, description="name -> settings of a run over those; an axis that a method sets is fixed for it"
     )
-    axes: dict[str, Any] = Field(
+    axes: dict[str, object] = Field(
         {}, description="setting of a run -> list of values; or any name -> mapping of labels to settings of a run"
     )
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="each point is run with each of them")
@@ -103,7 +102,7 @@ class Point:
 
     method: str
     chosen: Mapping[str, str]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     resolved: ResolvedRun
 
     @property
@@ -177,7 +176,7 @@ def _check_names(methods: Iterable[str], axes: Mapping[str, Iterable[str]]) -> N
             )
 
 
-def _values(axis: str, given: Any) -> dict[str, dict[str, Any]]:
+def _values(axis: str, given: object) -> dict[str, dict[str, object]]:
     """The values of one axis: label -> settings of a run."""
     if not given:
         raise SettingsError(f"axes.{axis} has no values; give some, or leave it out")
@@ -206,7 +205,7 @@ def _values(axis: str, given: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _label(axis: str, value: Any) -> str:
+def _label(axis: str, value: object) -> str:
     if isinstance(value, Mapping):
         named = value.get(SHORTHAND.get(axis, "name"))
         if named is None:
@@ -238,12 +237,12 @@ def _distinct(points: Sequence[Point]) -> None:
             )
 
 
-def departures(point: Point, registry: Registry) -> dict[str, Any]:
+def departures(point: Point, registry: Registry) -> dict[str, object]:
     """Dotted name -> value, of settings that differ from the components' defaults or from the preset."""
     resolved = point.resolved
     kinds = ["estimator", "saliency", "pattern", "finetune"]
     if resolved.settings.preset is not None:
-        plain: dict[str, Any] = {"preset": resolved.settings.preset}
+        plain: dict[str, object] = {"preset": resolved.settings.preset}
         kinds += ["compensation", "reconstruction", "schedule"]
     else:
         plain = {kind: resolved.names[kind] for kind in COMPONENTS}

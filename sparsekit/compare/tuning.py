@@ -32,7 +32,7 @@ class Search:
 
     directory: Path
     axes: Mapping[str, str]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     tune: TuningSettings
 
 
@@ -64,14 +64,14 @@ def search(job: Search) -> Tuned:
     tune, shared = job.tune, SharedStatistics()
     ratio = (tune.high / tune.low) ** (1 / (tune.trials - 1))
     grid = [tune.low * ratio**i for i in range(tune.trials)]
-    sampler: Any = (
+    sampler: optuna.samplers.BaseSampler = (
         optuna.samplers.GridSampler({"damping": grid}, seed=tune.seed)
         if tune.sampler == "grid"
         else optuna.samplers.TPESampler(seed=tune.seed)
     )
     trials = []
 
-    def tried(asked: Any) -> float:
+    def tried(asked: optuna.Trial) -> float:
         damping = float(f"{asked.suggest_float('damping', tune.low, tune.high, log=True):.3g}")
         settings = merge(job.settings, damped(damping))
         try:
@@ -98,12 +98,12 @@ def worth(record: RunRecord) -> float:
     return mean if math.isfinite(mean) else -math.inf
 
 
-def damped(damping: float) -> dict[str, Any]:
+def damped(damping: float) -> dict[str, dict[str, object]]:
     """Settings of a run with this damping, in units of the mean of diag F."""
     return {"estimator": {"damping": damping, "damping_scale": "relative"}}
 
 
-def key_of(jobs: Sequence[Search], made_of: Sequence[Mapping[str, Any]]) -> str:
+def key_of(jobs: Sequence[Search], made_of: Sequence[Mapping[str, object]]) -> str:
     """A hash of all that tuning depends on; `made_of` are the hashes and versions behind each search."""
     searched = [[job.axes, job.settings, job.tune.model_dump(mode="json")] for job in jobs]
     return run_key({"searches": searched, "made of": list(made_of)})
@@ -149,7 +149,7 @@ def told(given: ComparisonSettings, points: Sequence[Point], tuned: Sequence[Tun
     )
 
 
-def settled(point: Point, tune: TuningSettings | None, tuned: Sequence[Tuned]) -> dict[str, Any]:
+def settled(point: Point, tune: TuningSettings | None, tuned: Sequence[Tuned]) -> dict[str, object]:
     """A point's settings with the damping found for it; if none was found, see `lost`."""
     if tune is None or not point.tunable:
         return dict(point.settings)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from sparsekit.compare.plan import FAILURES, RUNS, Failure, PlannedRun, write
 from sparsekit.errors import DamagedError, RecordError, SparsekitError
@@ -60,7 +59,7 @@ def do(job: Job) -> None:
 
 
 def one(
-    output: Path, settings: Mapping[str, Any], shared: SharedStatistics, planned: str = "", *, again: bool = False
+    output: Path, settings: Mapping[str, object], shared: SharedStatistics, planned: str = "", *, again: bool = False
 ) -> RunRecord:
     """Do a run, or what is left of it. It does not upload to MLflow: the comparison does.
 

@@ -105,7 +105,7 @@ def copied(model: nn.Module) -> nn.Module:
     plain: Callable[..., Any] = Tensor.__deepcopy__
     held: list[Tensor] = []  # deepcopy identifies originals by id, which must stay in use
 
-    def value(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    def value(tensor: Tensor, memo: dict[int, object]) -> Tensor:
         if not tensor.is_leaf:
             tensor = tensor.detach()
             held.append(tensor)
@@ -195,7 +195,7 @@ def tensor_outputs(model: nn.Module) -> Iterator[nn.Module]:
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
-    def check(_model: nn.Module, _args: Any, output: object) -> Tensor:
+    def check(_model: nn.Module, _args: object, output: object) -> Tensor:
         if not isinstance(output, Tensor):
             raise ModelError(
                 f"the model {type(model).__name__} returned {kind_of(output)}; one tensor was needed: wrap it in a "

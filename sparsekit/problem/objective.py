@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ __all__ = ["Batch", "Objective", "as_found", "finite_loss", "pairs", "some", "te
 Batch = tuple[Tensor, Tensor]
 
 
-def pairs(batches: Iterable[Any], device: torch.device | None = None) -> Iterator[Batch]:
+def pairs(batches: Iterable[object], device: torch.device | None = None) -> Iterator[Batch]:
     """The batches, checked one by one and moved to a device; all data pass through this function.
 
     Args:

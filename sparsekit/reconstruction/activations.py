@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Replay:
         self._below = {
             name: [other for other in self._modules if other.startswith(f"{name}.")] for name in self._modules
         }
-        self._own: dict[str, Any] = {}
+        self._own: dict[str, Callable[..., object] | None] = {}
         self._calls: Counter[str] = Counter()  # of each module in this pass
         self._never: set[str] = set()
         self.batch: int | None = None
@@ -72,8 +72,8 @@ class Replay:
         self._kept.clear()
         self._bytes = 0
 
-    def _replaying(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def replaced(*args: Any, **kwargs: Any) -> Any:
+    def _replaying(self, name: str, forward: Callable[..., object]) -> Callable[..., object]:
+        def replaced(*args: object, **kwargs: object) -> object:
             if self.batch is None:
                 return forward(*args, **kwargs)
             self._calls[name] += 1
@@ -98,7 +98,7 @@ class Replay:
         for batch in self._kept:
             self._drop(batch, name)
 
-    def _keep(self, batch: int, name: str, output: Any) -> None:
+    def _keep(self, batch: int, name: str, output: object) -> None:
         whole = output if type(output) is tuple else (output,)
         if not all(part is None or type(part) is Tensor for part in whole):
             return
@@ -132,7 +132,7 @@ class _Kept:
         self._parts = tuple(None if part is None else part.detach().to("cpu", copy=True) for part in self._parts)
         return self
 
-    def again(self) -> Any:
+    def again(self) -> Tensor | None | tuple[Tensor | None, ...]:
         """A copy of the output on its original devices."""
         placed = zip(self._parts, self._devices, strict=True)
         parts = tuple(None if part is None else part.to(device, copy=True) for part, device in placed)

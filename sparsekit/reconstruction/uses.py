@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 from unittest import mock
 
 import torch
@@ -174,13 +174,17 @@ class WeightCalls(TorchFunctionMode):
         self.normed: Callable[[Call, Norm], None] = lambda call, norm: None
         self._last: tuple[Call | None, Tensor | None] = None, None
 
-    def __exit__(self, *given: Any) -> None:
+    def __exit__(self, *given: object) -> None:
         self._last = None, None
         super().__exit__(*given)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         given = dict(kwargs or {})
         if func is F.multi_head_attention_forward:
             # It calls linear maps itself; if `has_torch_function` were true, it would be dispatched here again.
@@ -196,7 +200,7 @@ class WeightCalls(TorchFunctionMode):
             self._note_others(func, output, (*args, *given.values()))
         return output
 
-    def _note_others(self, func: Any, output: Any, given: tuple[Any, ...]) -> None:
+    def _note_others(self, func: object, output: object, given: tuple[object, ...]) -> None:
         made = [part for part in (output if isinstance(output, tuple | list) else [output]) if _floating(part)]
         for tensor in given:
             name, weight = self._weights.get(_storage(tensor), ("", None))
@@ -225,13 +229,13 @@ class WeightCalls(TorchFunctionMode):
 
     def _call(
         self,
-        func: Any,
+        func: object,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Call | None:
         piece, axes = _piece(weight, self._weights), _AXES[func]
@@ -252,18 +256,18 @@ class WeightCalls(TorchFunctionMode):
 
 
 #: Intercepted function -> number of axes of its kernel.
-_AXES: dict[Any, int] = {F.linear: 0, F.conv1d: 1, F.conv2d: 2}
+_AXES: dict[object, int] = {F.linear: 0, F.conv1d: 1, F.conv2d: 2}
 
 
-def _by_axis(given: Any, axes: int) -> tuple[int, ...]:
+def _by_axis(given: int | Sequence[int], axes: int) -> tuple[int, ...]:
     return (given,) * axes if isinstance(given, int) else tuple(given) * (axes if len(given) == 1 else 1)
 
 
-def _floating(given: Any) -> bool:
+def _floating(given: object) -> TypeGuard[Tensor]:
     return isinstance(given, Tensor) and given.is_floating_point()
 
 
-def _storage(given: Any) -> int | None:
+def _storage(given: object) -> int | None:
     """The address of a tensor's memory, the same for all its views; None without one."""
     if not isinstance(given, Tensor) or given.layout != torch.strided:
         return None

@@ -55,7 +55,7 @@ class Registry:
 
     def __init__(self, builtins: ModuleType, entry_points: Iterable[metadata.EntryPoint] | None = None) -> None:
         self.plugins: list[PluginInfo] = []
-        self._found: dict[str, dict[str, list[tuple[PluginInfo, Any]]]] = {kind: {} for kind in KINDS}
+        self._found: dict[str, dict[str, list[tuple[PluginInfo, object]]]] = {kind: {} for kind in KINDS}
         core = PluginInfo("builtins", "sparsekit", _version("sparsekit"))
         self._register(core, builtins)
         if entry_points is None:
@@ -73,7 +73,7 @@ class Registry:
                 continue
             self._register(info, module)
 
-    def _register(self, info: PluginInfo, module: Any) -> None:
+    def _register(self, info: PluginInfo, module: object) -> None:
         self.plugins.append(info)
         # One manager for each plugin, so that a failing or misspelt hook is attributed to it.
         manager = pluggy.PluginManager(hookspecs.PROJECT)
@@ -95,7 +95,7 @@ class Registry:
             for cls, name in classes:
                 self._add(info, kind, name, cls)
 
-    def _add(self, info: PluginInfo, kind: str, name: str, cls: Any) -> None:
+    def _add(self, info: PluginInfo, kind: str, name: str, cls: object) -> None:
         """Register a component under its name; a built-in keeps its name, and a plugin that uses it gets an error."""
         known = self._found[kind].setdefault(name, [])
         if known and known[0][0] is self.plugins[0]:
@@ -136,7 +136,7 @@ class Registry:
         return self._found[kind][name][0][0]
 
 
-def _flat(results: Iterable[Iterable[Any]]) -> list[Any]:
+def _flat(results: Iterable[Iterable[object]]) -> list[object]:
     return [cls for classes in results for cls in classes]
 
 

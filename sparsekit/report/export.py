@@ -6,8 +6,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 from sparsekit.report.attribution import difference, parts, references
 from sparsekit.report.ledger import PARTS, curvature_examples, peak_mebibytes, seconds, shared_seconds
@@ -99,7 +99,7 @@ def results_json(summary: Summary) -> str:
     return json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _task(task: TaskSummary, reference: str | None) -> dict[str, Any]:
+def _task(task: TaskSummary, reference: str | None) -> dict[str, object]:
     other = references(task, reference) if reference is not None else {}
     paired = [
         (point, base, s, phase) for point, base in other.items() for s in task.sparsities for phase in task.phases
@@ -121,7 +121,7 @@ def _task(task: TaskSummary, reference: str | None) -> dict[str, Any]:
     }
 
 
-def _parts(task: TaskSummary, reference: str | None) -> list[dict[str, Any]]:
+def _parts(task: TaskSummary, reference: str | None) -> list[dict[str, object]]:
     return [
         {"method": part.method, "part": part.kind, "where": part.where, "missing": part.missing or None}
         | {"sparsity": s, "phase": phase}
@@ -132,24 +132,24 @@ def _parts(task: TaskSummary, reference: str | None) -> list[dict[str, Any]]:
     ]
 
 
-def _point(task: TaskSummary, point: Point) -> dict[str, Any]:
+def _point(task: TaskSummary, point: Point) -> dict[str, object]:
     return {
         "axes": point.axes,
         "tuning": point.tuning or None,
         "seeds": {"planned": list(point.planned), "finished": sorted(point.runs)},
         "levels": [_level(task, point, s) for s in task.sparsities],
         "cost": {
-            **{f"{part}_seconds": _over(point, lambda run, part=part: seconds(run, part)) for part in PARTS},
+            **{f"{part}_seconds": _over(point, partial(seconds, part=part)) for part in PARTS},
             "peak_mebibytes": _over(point, peak_mebibytes),
         },
     }
 
 
-def _over(point: Point, read: Any) -> dict[str, Any] | None:
+def _over(point: Point, read: Callable[[RunRecord], float]) -> dict[str, object] | None:
     return _spread({seed: read(record) for seed, record in point.runs.items()})
 
 
-def _level(task: TaskSummary, point: Point, sparsity: float) -> dict[str, Any]:
+def _level(task: TaskSummary, point: Point, sparsity: float) -> dict[str, object]:
     names = ("achieved", "achieved_total", "predicted_increase", "measured_increase", "reconstructed_increase")
     found = point.levels(sparsity)
     return {
@@ -160,18 +160,18 @@ def _level(task: TaskSummary, point: Point, sparsity: float) -> dict[str, Any]:
     }
 
 
-def _spread(values: dict[int, float]) -> dict[str, Any] | None:
+def _spread(values: dict[int, float]) -> dict[str, object] | None:
     spread = Spread.of(values)
     return None if spread is None else dict(vars(spread))
 
 
-def _difference(metric: Metric, found: Difference | None) -> dict[str, Any]:
+def _difference(metric: Metric, found: Difference | None) -> dict[str, object]:
     if found is None:
         return {"difference": None, "verdict": "unclaimed"}
     return {"difference": dict(vars(found)), "verdict": metric.verdict(found)}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

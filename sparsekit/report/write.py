@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -62,7 +61,7 @@ def write_report(directory: Path, output: Path | None = None) -> Path:
     return folder / "report.html"
 
 
-def _render(template: str, content: dict[str, Any]) -> str:
+def _render(template: str, content: dict[str, object]) -> str:
     environment = Environment(
         loader=PackageLoader("sparsekit.report"),
         autoescape=template.endswith(".html.j2"),
@@ -86,7 +85,7 @@ def _markdown_cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _content(summary: Summary, directory: Path, output: Path | None) -> dict[str, Any]:
+def _content(summary: Summary, directory: Path, output: Path | None) -> dict[str, object]:
     """The variables of the templates."""
     comparison = summary.comparison
     times = [time for s in summary.states if s.record for time in (s.record.started, s.record.finished) if time]

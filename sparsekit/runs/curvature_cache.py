@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.methods.interfaces import CurvatureEstimator
+from sparsekit.methods.interfaces import CurvatureEstimator, EstimatorSettings
 from sparsekit.problem.objective import Objective
 from sparsekit.runs.schema import run_key
 
@@ -36,7 +36,7 @@ class SharedStatistics:
         self._seconds = 0.0
 
     @staticmethod
-    def key(identity: Mapping[str, Any], estimator: type[CurvatureEstimator], options: Any) -> str:
+    def key(identity: Mapping[str, Any], estimator: type[CurvatureEstimator], options: EstimatorSettings) -> str:
         """A key that is equal for two runs (`identity.identity`) whose first updates differ in the damping at most."""
         settings = {name: value for name, value in identity["settings"].items() if name not in _AFTERWARDS}
         settings["estimator"] = {"name": estimator.name, **estimator.statistics(options)}

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -143,7 +142,7 @@ class RunDirectory:
                 what = "is gone" if name not in found else "is not what the run wrote"
                 raise DamagedError(f"{self.path / name} {what}; do the run again with --fresh")
 
-    def write_settings(self, settings: Mapping[str, Any]) -> None:
+    def write_settings(self, settings: Mapping[str, object]) -> None:
         """Write `run.yaml`: the settings, with which the run can be repeated."""
         text = yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
         atomic_write(self.path / "run.yaml", text.encode())

@@ -7,7 +7,6 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +144,7 @@ class Driver:
         )
 
     # -- the disk --------------------------------------------------------------------------------------
-    def _update(self, **changes: Any) -> None:
+    def _update(self, **changes: object) -> None:
         self.record = self.record.model_copy(update=changes)
         self.directory.write(self.record)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ def sources(task: Task, model: nn.Module) -> dict[str, str]:
 
 def identity(
     resolved: ResolvedRun, registry: Registry, found: Mapping[str, str], device: torch.device
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Everything that determines the result, and nothing else; `found` is the result of `sources`."""
     settings = resolved.as_dict()
     for key in ("output", "tracking", "preset"):  # a preset's settings are in the others
@@ -39,7 +38,7 @@ def identity(
     }
 
 
-def plugins_used(resolved: ResolvedRun, registry: Registry) -> list[dict[str, Any]]:
+def plugins_used(resolved: ResolvedRun, registry: Registry) -> list[dict[str, str]]:
     """Name, distribution and version of each plugin that a run uses."""
     providers = (registry.provider(kind, resolved.names[kind]) for kind in COMPONENTS)
     infos = {(info.name, info.distribution): info for info in providers}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from sparsekit.errors import DataError
 from sparsekit.machine import available_memory, find_device
@@ -30,7 +29,7 @@ class Preview:
     steps: list[Step]
     memory: int
     structures: dict[str, str]
-    settings: dict[str, Any]
+    settings: dict[str, object]
     device: str
 
 

@@ -83,11 +83,11 @@ class RunRecord(_Schema):
     task: str
     estimator: str
     settings: dict[str, Any] = Field(description="resolved: every default written out")
-    identity: dict[str, Any] = Field(description="everything that was hashed into the key")
+    identity: dict[str, object] = Field(description="everything that was hashed into the key")
     started: str = Field(description="ISO 8601, UTC")
     finished: str | None = Field(default=None, description="ISO 8601, UTC; null while running")
     machine: dict[str, str] = Field(description="python, torch, platform, processor, threads, device")
-    plugins: list[dict[str, Any]] = Field(description="name and version of each plugin used")
+    plugins: list[dict[str, str]] = Field(description="name and version of each plugin used")
     parameters: dict[str, Any] = Field(description="prunable, total, and why each other one is skipped")
     structures: dict[str, str] = Field(
         default_factory=dict, description="name of a parameter -> how its curvature is modelled, where that differs"
@@ -107,14 +107,14 @@ class RunRecord(_Schema):
     )
 
 
-def run_key(identity: Mapping[str, Any]) -> str:
+def run_key(identity: Mapping[str, object]) -> str:
     """SHA-256 of an identity's canonical JSON: keys sorted, no white space; 64 hexadecimal digits."""
     content = plain(identity, finite_only=True)
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plain(value: Any, *, finite_only: bool = False) -> Any:
+def plain(value: object, *, finite_only: bool = False) -> object:
     """Mappings and sequences as dict and list; with `finite_only`, non-finite floats as strings."""
     if isinstance(value, Mapping):
         return {str(key): plain(item, finite_only=finite_only) for key, item in value.items()}

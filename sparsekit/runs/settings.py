@@ -11,6 +11,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from sparsekit.errors import SettingsError
 from sparsekit.methods.interfaces import (
@@ -82,11 +83,11 @@ class RunSettings(Settings):
     """The settings of a run. A component's own settings are in the same mapping as its `name`."""
 
     preset: str | None = Field(None, description="published configuration that the rest was laid over")
-    task: dict[str, Any] = Field({"name": "digits"}, description="what is pruned and how it is measured")
-    estimator: dict[str, Any] = Field({"name": "fishleg"}, description="of the inverse Fisher")
-    saliency: dict[str, Any] = Field({"name": "obs"}, description="which weights go first")
-    pattern: dict[str, Any] = Field({"name": "unstructured"}, description="which sets of weights may go together")
-    schedule: dict[str, Any] = Field({"name": "cubic"}, description="how sparsity grows from level to level")
+    task: dict[str, object] = Field({"name": "digits"}, description="what is pruned and how it is measured")
+    estimator: dict[str, object] = Field({"name": "fishleg"}, description="of the inverse Fisher")
+    saliency: dict[str, object] = Field({"name": "obs"}, description="which weights go first")
+    pattern: dict[str, object] = Field({"name": "unstructured"}, description="which sets of weights may go together")
+    schedule: dict[str, object] = Field({"name": "cubic"}, description="how sparsity grows from level to level")
     sparsity: tuple[Sparsity, ...] = Field((), description="levels to report; default the task's")
     steps: int = Field(4, ge=1, description="steps for each level, except one-shot's single one")
     substeps: int = Field(1, ge=1, description="cuts within a step, curvature refreshed before each")
@@ -99,7 +100,7 @@ class RunSettings(Settings):
     reconstruction: ReconstructionSettings = Field(
         ReconstructionSettings(), description="whether layers are fitted to the dense network's after a cut"
     )
-    finetune: dict[str, Any] = Field({}, description="masked training after each step; default the task's")
+    finetune: dict[str, object] = Field({}, description="masked training after each step; default the task's")
     split: Split = Field("reporting", description="examples that metrics are measured on; tune on 'tuning'")
     seed: int = Field(0, ge=0, description="of calibration examples, sampled labels and fine-tuning order")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$", description="auto, cpu, cuda or cuda:N")
@@ -110,7 +111,7 @@ class RunSettings(Settings):
 
     @field_validator("sparsity", mode="before")
     @classmethod
-    def _one_level(cls, given: Any) -> Any:
+    def _one_level(cls, given: object) -> object:
         """Accept a single level that is not in a list."""
         return (given,) if isinstance(given, int | float | str) else given
 
@@ -195,7 +196,7 @@ class ResolvedRun:
         return replace(self, settings=settings, estimator=replace(self.estimator, settings=options))
 
 
-def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
+def resolve(raw: Mapping[str, object], registry: Registry) -> ResolvedRun:
     """Validate a run's raw settings: names and values, no data.
 
     `preset` names a published configuration; all other given settings override it.
@@ -227,7 +228,7 @@ def resolve(raw: Mapping[str, Any], registry: Registry) -> ResolvedRun:
     return ResolvedRun(settings, task, estimator, saliency, schedule, pattern, recipe, sparsity, independent)
 
 
-def _component(given: Mapping[str, Any], kind: str, registry: Registry) -> Component[Any, Any]:
+def _component(given: Mapping[str, object], kind: str, registry: Registry) -> Component[Any, Any]:
     """The component described by a mapping with its name and settings."""
     name = given.get("name")
     if not isinstance(name, str):
@@ -280,7 +281,7 @@ def _with_examples(settings: RunSettings, saliency: type[Saliency], options: Est
     return options
 
 
-def _over_preset(raw: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
+def _over_preset(raw: Mapping[str, object], registry: Registry) -> dict[str, object]:
     """The preset's settings, overridden by the rest of `raw`."""
     preset = raw["preset"]
     if not isinstance(preset, str):
@@ -297,7 +298,7 @@ def _over_preset(raw: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
     return merge(published, given)
 
 
-def validated(model: type[T], raw: Mapping[str, Any], where: str) -> T:
+def validated(model: type[T], raw: Mapping[str, object], where: str) -> T:
     """An instance of `model` from raw values; each error is one sentence."""
     if (text := unwritable(raw)) is not None:
         raise SettingsError(
@@ -309,7 +310,7 @@ def validated(model: type[T], raw: Mapping[str, Any], where: str) -> T:
         raise SettingsError("; ".join(_sentence(model, item, where) for item in error.errors())) from None
 
 
-def _sentence(model: type[BaseModel], item: Any, where: str) -> str:
+def _sentence(model: type[BaseModel], item: ErrorDetails, where: str) -> str:
     location = [str(part) for part in item["loc"]]
     path = ".".join(([where] if where else []) + location)
     if item["type"] == "extra_forbidden":
@@ -326,7 +327,7 @@ def _sentence(model: type[BaseModel], item: Any, where: str) -> str:
     return f"{path} = {shown(item['input'])} is not valid: {message[0].lower()}{message[1:]}"
 
 
-def _fields_at(model: type[BaseModel], location: Sequence[str]) -> Mapping[str, Any]:
+def _fields_at(model: type[BaseModel], location: Sequence[str]) -> Mapping[str, object]:
     for part in location:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -335,7 +336,7 @@ def _fields_at(model: type[BaseModel], location: Sequence[str]) -> Mapping[str, 
 
 
 # -- reading -----------------------------------------------------------------------------------------------
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, object]:
     """The settings in a YAML file.
 
     Raises:
@@ -351,9 +352,9 @@ def read_config(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in data.items()}
 
 
-def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+def merge(*layers: Mapping[str, object]) -> dict[str, object]:
     """Nested mappings merged: later values override earlier ones, a component of another name replaces the earlier."""
-    out: dict[str, Any] = {}
+    out: dict[str, object] = {}
     for layer in layers:
         for key, given in layer.items():
             value = {SHORTHAND[key]: given} if key in SHORTHAND and isinstance(given, str) else given
@@ -366,14 +367,14 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def parse_assignment(text: str) -> dict[str, Any]:
+def parse_assignment(text: str) -> dict[str, object]:
     """`estimator.damping=1e-3` -> {"estimator": {"damping": 0.001}}; values are YAML."""
     path, equals, value = text.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys) or len(keys) > yaml_reading.MOST_LEVELS:
         raise SettingsError(f"--set needs KEY=VALUE such as estimator.damping=1e-3; {shown(text)} was given")
     try:
-        parsed: Any = yaml_reading.parse(value)
+        parsed: object = yaml_reading.parse(value)
     except ValueError as error:
         raise SettingsError(f"the value in --set {shown(text)} is not YAML that can be used: {error}") from None
     if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as text
@@ -381,4 +382,4 @@ def parse_assignment(text: str) -> dict[str, Any]:
             parsed = float(parsed)
     for key in reversed(keys):
         parsed = {key: parsed}
-    return cast(dict[str, Any], parsed)
+    return cast(dict[str, object], parsed)

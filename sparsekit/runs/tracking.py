@@ -54,7 +54,7 @@ class NullTracker:
     def start(
         self,
         run_name: str,
-        parameters: Mapping[str, Any],
+        parameters: Mapping[str, object],
         tags: Mapping[str, str],
         run_id: str | None = None,
     ) -> None:
@@ -93,7 +93,7 @@ class Tracker(NullTracker):
     def start(
         self,
         run_name: str,
-        parameters: Mapping[str, Any],
+        parameters: Mapping[str, object],
         tags: Mapping[str, str],
         run_id: str | None = None,
     ) -> None:
@@ -204,7 +204,7 @@ def _bounded(action: Callable[[], None], seconds: float) -> None:
     done.result()
 
 
-def _flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def _flat(parameters: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in parameters.items():
         if isinstance(value, Mapping) and value:

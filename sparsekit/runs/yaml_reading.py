@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -52,7 +51,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _check(self, node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[int, int]:
-        """(nodes, levels) of a node with its aliases expanded; refuses duplicate keys and a node that contains itself."""
+        """(nodes, levels) of a node with its aliases expanded; refuses a repeated key and a node inside itself."""
         if id(node) not in sizes:
             sizes[id(node)] = MOST_NODES + 1, 0  # until known: a node that contains itself exceeds the limit
             parts: list[yaml.Node] = []
@@ -72,7 +71,7 @@ class _Loader(yaml.SafeLoader):
             )
         return size, depth
 
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
         try:
             return super().construct_object(node, deep)
         except _NOT_A_VALUE:
@@ -100,7 +99,7 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:37]}...")
 
 
-def parse(text: str) -> Any:
+def parse(text: str) -> object:
     """The value of a YAML text.
 
     Raises:
@@ -117,7 +116,7 @@ def parse(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def read(path: Path) -> Any:
+def read(path: Path) -> object:
     """The value of a YAML file.
 
     Raises:

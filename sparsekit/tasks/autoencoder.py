@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from pydantic import Field
@@ -29,7 +29,7 @@ class AutoencoderSettings(TaskSettings):
     download: bool = Field(False, description="let torchvision download the data into data_dir")
 
 
-class MnistAutoencoder(Task):
+class MnistAutoencoder(Task[AutoencoderSettings]):
     """The benchmark of optimisers and of FishLeg: 784-1000-500-250-30 and back, rectified, the code linear, on MNIST.
 
     Grey levels in [0, 1] are inputs and targets. The loss is −log p *summed* over the 784 pixels, in nats per image,
@@ -44,7 +44,7 @@ class MnistAutoencoder(Task):
     likelihood = Bernoulli(reduction="sum")
     finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=0, learning_rate=3e-4, weight_decay=0)
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, settings: AutoencoderSettings) -> None:
         super().__init__(settings)
         check_checkpoint(settings.checkpoint)
         self._files = MnistFiles(self.name, settings.data_dir, download=settings.download)

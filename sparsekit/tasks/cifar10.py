@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Unpack
+from typing import ClassVar, Literal, Unpack
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -46,7 +48,7 @@ class Cifar10Settings(TaskSettings):
     download: bool = Field(False, description="let torchvision download the data into data_dir")
 
 
-class Cifar10(Task):
+class Cifar10(Task[Cifar10Settings]):
     """CIFAR-10 (Krizhevsky, 2009), as torchvision's files or a parquet folder: 50,000 training images; the 10,000
     test images split into tuning (even indices) and reporting (odd).
     """  # noqa: D205
@@ -56,7 +58,7 @@ class Cifar10(Task):
     likelihood = Categorical()
     finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=0, learning_rate=0.02)
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, settings: Cifar10Settings) -> None:
         super().__init__(settings)
         trains = settings.architecture == "resnet18"
         if settings.checkpoint is None and not trains:
@@ -153,7 +155,7 @@ class Cifar10(Task):
             )
         return self._decoded[file]
 
-    def _from_torchvision(self, file: File) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def _from_torchvision(self, file: File) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         from torchvision.datasets import CIFAR10
 
         try:
@@ -165,7 +167,7 @@ class Cifar10(Task):
             ) from error
         return data.data, np.asarray(data.targets, dtype=np.int64)
 
-    def _from_parquet(self, file: File) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def _from_parquet(self, file: File) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         paths = self._files(file)
         # Decoding takes seconds a shard; what was decoded is known by its files' names, sizes and times.
         known = "".join(f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths)
@@ -191,11 +193,11 @@ def _rows(path: Path) -> int:
         raise _unreadable(path, error) from error
 
 
-def _decode(paths: list[Path]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _decode(paths: list[Path]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """(N, 32, 32, 3) uint8 and (N,) int64, the files one after the other."""
     import pyarrow.parquet as pq
 
-    images: list[np.ndarray[Any, Any]] = []
+    images: list[NDArray[np.uint8]] = []
     labels: list[int] = []
     for path in paths:
         try:
@@ -222,7 +224,7 @@ def _decode(paths: list[Path]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, An
     return np.stack(images), np.asarray(labels, dtype=np.int64)
 
 
-def _pixels(cell: dict[str, Any]) -> np.ndarray[Any, Any]:
+def _pixels(cell: Mapping[str, bytes]) -> NDArray[np.uint8]:
     from PIL import Image
 
     pixels = np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))

@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import DataError
-from sparsekit.methods.interfaces import FinetuneSettings, Split, Task
+from sparsekit.methods.interfaces import FinetuneSettings, Split, Task, TaskSettings
 from sparsekit.models import DigitsNet
 from sparsekit.problem.likelihoods import Categorical
 from sparsekit.problem.objective import Batch
@@ -30,14 +30,14 @@ RECIPE = FinetuneSettings(epochs=40, learning_rate=0.05, momentum=0.9, weight_de
 RECIPE_HASH = hashlib.sha256(RECIPE.model_dump_json().encode()).hexdigest()[:8]
 
 
-class Digits(Task):
+class Digits(Task[TaskSettings]):
     """Handwritten digits, real but tiny: good for trying things out, too easy to rank methods by."""
 
     name: ClassVar[str] = "digits"
     likelihood = Categorical()
     finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=3, learning_rate=0.02, batch_size=64)
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, settings: TaskSettings) -> None:
         super().__init__(settings)
         if settings.data_dir is not None:
             raise DataError(f"the task '{self.name}' brings its own images; leave --data-dir out")

@@ -117,7 +117,7 @@ class _Images(Dataset[Any]):
             return self._random(image), label
 
 
-def _collate(found: list[tuple[Tensor, int] | DataError]) -> Any:
+def _collate(found: list[tuple[Tensor, int] | DataError]) -> object:
     return next((one for one in found if isinstance(one, DataError)), None) or default_collate(found)
 
 

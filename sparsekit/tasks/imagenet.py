@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Unpack
+from typing import ClassVar, Literal, Unpack
 
 import torch
 from pydantic import Field
@@ -36,7 +36,7 @@ class ImageNetSettings(TaskSettings):
     workers: int = Field(0, ge=0, description="processes that decode images; 0: the run's own")
 
 
-class ImageNet(Task):
+class ImageNet(Task[ImageNetSettings]):
     """ImageNet (Russakovsky et al., 2015), 224 × 224 pixels, from train/<class>/* and val/<class>/* in `data_dir`;
     the validation images, sorted by class and name, split into tuning (even indices) and reporting (odd).
 
@@ -51,7 +51,7 @@ class ImageNet(Task):
     )
     sparsity: ClassVar[tuple[float, ...]] = (0.5, 0.8)
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, settings: ImageNetSettings) -> None:
         super().__init__(settings)
         _refuse_unknown(settings.architecture)
         if settings.checkpoint is None and not settings.download:
@@ -103,7 +103,7 @@ class ImageNet(Task):
             model.load_state_dict(self._published())
         return model.eval()
 
-    def _published(self) -> dict[str, Any]:
+    def _published(self) -> dict[str, object]:
         from torchvision.models import get_model_weights
 
         if len(self._classes) != PUBLISHED_CLASSES:
@@ -118,7 +118,7 @@ class ImageNet(Task):
                 f"task.weights to one of {', '.join(known.__members__)}"
             )
         try:
-            state: dict[str, Any] = known[self.settings.weights].get_state_dict(progress=False, check_hash=True)
+            state: dict[str, object] = known[self.settings.weights].get_state_dict(progress=False, check_hash=True)
         except (RuntimeError, OSError) as error:
             raise DataError(
                 f"torchvision cannot download the weights of {self.settings.architecture} ({error}); give them by "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Unpack
+from typing import ClassVar, Literal, Unpack
 
 import torch
 from pydantic import Field
@@ -29,7 +29,7 @@ class MnistSettings(TaskSettings):
     download: bool = Field(False, description="let torchvision download the data into data_dir")
 
 
-class Mnist(Task):
+class Mnist(Task[MnistSettings]):
     """MNIST (LeCun et al., 1998): 60,000 training images, without augmentation; the 10,000 test images split into
     tuning (even indices) and reporting (odd).
     """  # noqa: D205
@@ -40,7 +40,7 @@ class Mnist(Task):
     finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=0)
     sparsity: ClassVar[tuple[float, ...]] = (0.9, 0.95)
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, settings: MnistSettings) -> None:
         super().__init__(settings)
         check_checkpoint(settings.checkpoint)
         self._files = MnistFiles(self.name, settings.data_dir, download=settings.download)

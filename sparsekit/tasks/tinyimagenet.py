@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Unpack
+from typing import ClassVar, Literal, Unpack
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ class TinyImageNetSettings(TaskSettings):
     epochs: int = Field(100, ge=1, description="of the dense network's training")
 
 
-class TinyImageNet(Task):
+class TinyImageNet(Task[TinyImageNetSettings]):
     """Tiny ImageNet (Le and Yang, 2015): 100,000 training images of 64 × 64 pixels in 200 classes; the 10,000
     validation images, in the order of their annotations, split into tuning (even indices) and reporting (odd).
 
@@ -59,7 +60,7 @@ class TinyImageNet(Task):
     likelihood = Categorical()
     finetune: ClassVar[FinetuneSettings] = FinetuneSettings(epochs=0, learning_rate=0.02)
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, settings: TinyImageNetSettings) -> None:
         super().__init__(settings)
         check_checkpoint(settings.checkpoint)
         if settings.data_dir is None:
@@ -178,9 +179,9 @@ def _folder(split: Split) -> Folder:
     return "train" if split == "train" else "val"
 
 
-def _mapped(path: Path, count: int) -> np.ndarray[Any, Any] | None:
+def _mapped(path: Path, count: int) -> NDArray[np.uint8] | None:
     try:
-        array: np.ndarray[Any, Any] = np.load(path, mmap_mode="c")  # torch warns of arrays that cannot be written
+        array: NDArray[np.uint8] = np.load(path, mmap_mode="c")  # torch warns of arrays that cannot be written
     except (OSError, ValueError, EOFError):  # not there yet, or not whole
         return None
     return array if array.shape == (count, 3, SIDE, SIDE) else None
@@ -194,7 +195,7 @@ def _decode(paths: Sequence[str], to: Path) -> None:
     array.flush()
 
 
-def _pixels(path: str) -> np.ndarray[Any, Any]:
+def _pixels(path: str) -> NDArray[np.uint8]:
     """(3, 64, 64) uint8."""
     pixels = np.asarray(decode(path))
     if pixels.shape != (SIDE, SIDE, 3):

@@ -36,7 +36,7 @@ class Case:
 
     estimator: type[CurvatureEstimator]
     problem: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     expected: Expected | None = None
     tolerance: float = 1e-7
     solve_tolerance: float = 1e-2
@@ -45,11 +45,11 @@ class Case:
         """The problem, anew."""
         return problem(self.problem)
 
-    def made(self, objective: Objective, **changes: Any) -> CurvatureEstimator:
+    def made(self, objective: Objective, **changes: object) -> CurvatureEstimator:
         """The estimator as it is before any update; `changes` are settings."""
         return self.estimator(objective.space, self.estimator.Settings(**{**self.settings, **changes}))
 
-    def updated(self, objective: Objective, *, seed: int = 0, **changes: Any) -> CurvatureEstimator:
+    def updated(self, objective: Objective, *, seed: int = 0, **changes: object) -> CurvatureEstimator:
         """The estimator after one update."""
         estimator = self.made(objective, **changes)
         estimator.update(objective, generator=torch.Generator().manual_seed(seed))
@@ -64,7 +64,7 @@ class Case:
         kinds: tuple[FisherKind, ...] = ("exact", "empirical")
         return tuple(kind for kind in kinds if self._allows(fisher=kind))
 
-    def _allows(self, **changes: Any) -> bool:
+    def _allows(self, **changes: object) -> bool:
         try:
             self.estimator.Settings(**{**self.settings, **changes})
         except ValidationError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from sparsekit.errors import unknown_name
 from sparsekit.methods.interfaces import CurvatureEstimator
@@ -58,7 +57,7 @@ CHECKS: Mapping[str, Check] = {check.__name__.removeprefix("check_"): check for 
 
 def estimator_checks(
     estimator: type[CurvatureEstimator],
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     problems: Sequence[str] = PROBLEMS,
     expected: Expected | None = None,
     *,

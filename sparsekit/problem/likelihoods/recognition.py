@@ -144,7 +144,7 @@ def as_likelihood(loss: str | Loss | Likelihood) -> Likelihood:
     return Unspecified(loss)
 
 
-def _known(name: str, given: Mapping[str, Any], options: tuple[str, ...]) -> dict[str, Any]:
+def _known(name: str, given: Mapping[str, object], options: tuple[str, ...]) -> dict[str, object]:
     """The options, after checking that the likelihood supports them."""
     reduction = given.get("reduction", "mean")
     if reduction not in ("mean", "sum"):
