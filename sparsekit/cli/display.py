@@ -123,7 +123,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def print_summary(outcome: Outcome, as_json: bool) -> None:
+def print_summary(outcome: Outcome, as_json: bool = False) -> None:
     """What a run came to, on standard output."""
     if as_json:
         sys.stdout.write(json.dumps(summary(outcome), indent=2) + "\n")

@@ -38,8 +38,11 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
     sigma = sigma.contiguous()
     place = torch.arange(count, device=weights.device).expand(len(weights), -1)  # original position of each column
     left = torch.ones_like(kept)
-    reached, no_bound = torch.zeros_like(weights[:, 0]), weights.new_tensor(torch.inf)
-    smallest = torch.ones_like(reached)
+    reached, smallest, no_bound = (
+        torch.zeros_like(costs[:, 0]),
+        torch.ones_like(costs[:, 0]),
+        costs.new_tensor(torch.inf),
+    )
     for first in range(0, count, PANEL):
         panel, width = min(PANEL, count - first), weights.shape[1]
         diagonal = sigma.diagonal(dim1=1, dim2=2).masked_fill(~left, 1.0)
@@ -66,8 +69,7 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
             left[block, i] = kept[block, i] = True
             left[block, i] = False
         check_pivots(smallest)
-        remain = count - first - panel
-        if not remain:
+        if not (remain := count - first - panel):
             break
         if remain <= CROWDED * width:
             rest = left.nonzero()[:, 1].view(len(left), -1)  # the same number in each block

@@ -95,9 +95,9 @@ class Pruner:
     def __post_init__(self) -> None:
         # The weights that a restart loads. A pruner is always made with the dense model, also in a resumed run.
         restarts = any(step.restart for step in self.steps)
-        self._dense = {name: t.clone() for name, t in self.model.state_dict().items()} if restarts else {}
+        self._dense_weights = {name: t.clone() for name, t in self.model.state_dict().items()} if restarts else {}
         # The network whose outputs layers are fitted to, copied here for the same reason.
-        self._anchor = copied(self.model).cpu() if self.reconstruction.how != "none" else None
+        self._dense_network = copied(self.model).cpu() if self.reconstruction.how != "none" else None
         self._weighting: Mapping[str, Tensor] = {}
         self._phase = "curvature"
         self._untaught = deepcopy(self.estimator) if restarts else self.estimator
@@ -128,22 +128,23 @@ class Pruner:
         clock = Clock(device)
         self._refined: Metrics = {}  # figures of the last update while fine-tuning
         if step.restart and state.cut is None:
-            self.model.load_state_dict(self._dense)
+            self.model.load_state_dict(self._dense_weights)
             state.mask = Mask.full(self.space.size, device)
             if step.refresh:  # forget the statistics from other levels' weights
                 self.estimator = deepcopy(self._untaught)
             self.estimator.shrink(state.mask)
         calibration = self.calibration(self._generator("calibration", self._refresh_index(step)))
-        objective = Objective(self.model, self.likelihood, self._watched(calibration), self.space)
+        watched = _Watched(calibration, lambda done: self.progress(self._phase, done, len(calibration)))
+        objective = Objective(self.model, self.likelihood, watched, self.space)
         if state.cut is None:
             yield from self._remove(step, objective, clock)
         assert state.cut is not None
 
         reconstructed = None
-        if self._anchor is not None and (self.reconstruction.when == "cut" or step.completes_level):
+        if self._dense_network is not None and (self.reconstruction.when == "cut" or step.completes_level):
             yield self._started("reconstruction", step)
-            left = yield from self._reconstruct(step, self._anchor.to(device), clock)
-            self._anchor.cpu()  # frees the device's memory
+            left = yield from self._reconstruct(step, self._dense_network.to(device), clock)
+            self._dense_network.cpu()  # frees the device's memory
             after = objective.loss() if calibration else math.nan
             increase = after - state.cut.loss - state.cut.measured_increase
             reconstructed = Reconstructed(increase, state.fits, left)
@@ -211,7 +212,7 @@ class Pruner:
         )
         clock.seconds.clear()
 
-    def _reconstruct(self, step: Step, anchor: nn.Module, clock: Clock) -> Generator[Event, None, Mapping[str, str]]:
+    def _reconstruct(self, step: Step, dense: nn.Module, clock: Clock) -> Generator[Event, None, Mapping[str, str]]:
         """Fit the remaining layers; returns name -> reason for those that cannot be fitted."""
         if self.anchors is None or self.state.mask is None:
             raise SettingsError("reconstruction needs examples: give the pruner `anchors`")
@@ -219,12 +220,12 @@ class Pruner:
         batches = self.anchors(generator)
         work = Reconstruction(
             self.model,
-            anchor,
+            dense,
             self.space,
             self.state.mask,
             batches,
             self.reconstruction,
-            weighting=self._output_weighting(anchor) if self.reconstruction.how == "fisher" else None,
+            weighting=self._output_weighting(dense) if self.reconstruction.how == "fisher" else None,
             seed=generator.initial_seed(),
         )
         clock.seconds["reconstruction"] = sum(fit.seconds for fit in self.state.fits)  # from before an interruption
@@ -234,13 +235,13 @@ class Pruner:
             yield LayerReconstructed(step, fit)
         return work.left | {fit.name: fit.left for fit in self.state.fits if fit.left}
 
-    def _output_weighting(self, anchor: nn.Module) -> Mapping[str, Tensor]:
+    def _output_weighting(self, dense: nn.Module) -> Mapping[str, Tensor]:
         """The Fisher information of each layer's outputs: from the estimator's factors, else computed once."""
         found = inverse_of(self.estimator).output_factors(self.space)
         if len(found) == len(self.space):
             return found
         if not self._weighting:  # from the dense network, so that it is the same before and after an interruption
-            objective = Objective(anchor, self.likelihood, self.calibration(self._generator("outputs", 0)), self.space)
+            objective = Objective(dense, self.likelihood, self.calibration(self._generator("outputs", 0)), self.space)
             generator = self._generator("output labels", 0, objective.device)
             self._weighting = output_moments(objective, self.estimator.settings.fisher, generator)
         return {**self._weighting, **found}
@@ -295,10 +296,6 @@ class Pruner:
                 batches_per_epoch=self.training_batches,
                 progress=after_each,
             )
-
-    def _watched(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """The batches; passes over them report their progress."""
-        return _Watched(batches, lambda done: self.progress(self._phase, done, len(batches)))
 
     def _refresh_index(self, step: Step) -> int:
         """The step whose calibration examples are used: the last one with a refresh."""

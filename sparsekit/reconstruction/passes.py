@@ -189,12 +189,7 @@ class Passes:
                 self._replays["pruned"].settled = False
                 if call.input.shape != extents[count]:
                     raise ModelError("its inputs have another shape in the dense network, for an example at least")
-                X, Z = call.inputs(places[count]), layer.target(targets[count], bias)
-                if layer.bias is not None:
-                    X = torch.cat([X, X.new_ones(*X.shape[:2], 1)], dim=2)
-                elif call.offset is not None:
-                    Z = Z - call.offset.reshape(layer.groups, 1, -1)
-                moments.add(X, Z)
+                moments.add(*_with_bias(layer, call, call.inputs(places[count]), layer.target(targets[count], bias)))
                 count += 1
                 if count == layer.calls:
                     raise _Reached
@@ -207,6 +202,15 @@ class Passes:
             except _Reached:
                 continue
             raise ModelError(f"it was used {layer.calls} times for the first batch and less often for another")
+
+
+def _with_bias(layer: Regression, call: Call, X: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
+    """(inputs, targets) where the bias is one more weight, of the constant input 1, or is not fitted."""
+    if layer.bias is not None:
+        X = torch.cat([X, X.new_ones(*X.shape[:2], 1)], dim=2)
+    elif call.offset is not None:
+        Z = Z - call.offset.reshape(layer.groups, 1, -1)
+    return X, Z
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

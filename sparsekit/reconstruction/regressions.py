@@ -103,11 +103,9 @@ def regressions(
         if bias is not None and (biased[bias] > 1 or not network.get_parameter(bias.name).requires_grad):
             bias = None  # shared or frozen: not fitted
         followed = None
-        if norms and len(uses) == 1 and uses[0].bias is None and piece in following:
-            name = following[piece].name
-            if piece in dense_following and sum(norm.name == name for norm in following.values()) == 1:
-                followed = following[piece], dense_following[piece]
-                bias = Piece(name, 0, len(following[piece].bias))
+        if norms and len(uses) == 1 and uses[0].bias is None:
+            followed = _norm_after(piece, following, dense_following)
+            bias = None if followed is None else Piece(followed[0].name, 0, len(followed[0].bias))
         rows = sum(call.rows(positions, examples) for call in uses) * fitted // examples
         width = uses[0].width + (bias is not None)
         found.append(Regression(piece, uses[0].groups, width, len(uses), bias, rows, followed))
@@ -116,6 +114,16 @@ def regressions(
         if name not in covered:
             left.setdefault(name, "no linear map or convolution used it when the network ran")
     return found, left
+
+
+def _norm_after(
+    piece: Piece, following: Mapping[Piece, Norm], dense_following: Mapping[Piece, Norm]
+) -> tuple[Norm, Norm] | None:
+    """The normalisation that follows a layer and no other, in the pruned and in the dense network."""
+    if piece not in following or piece not in dense_following:
+        return None
+    several = sum(norm.name == following[piece].name for norm in following.values()) > 1
+    return None if several else (following[piece], dense_following[piece])
 
 
 def _obstacle(piece: Piece, uses: Sequence[Call], order: Sequence[Piece], others: Mapping[str, str]) -> str | None:
