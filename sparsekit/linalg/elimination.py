@@ -38,11 +38,8 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
     sigma = sigma.contiguous()
     place = torch.arange(count, device=weights.device).expand(len(weights), -1)  # original position of each column
     left = torch.ones_like(kept)
-    reached, smallest, no_bound = (
-        torch.zeros_like(costs[:, 0]),
-        torch.ones_like(costs[:, 0]),
-        costs.new_tensor(torch.inf),
-    )
+    reached, smallest = torch.zeros_like(costs[:, 0]), torch.ones_like(costs[:, 0])
+    no_bound = costs.new_tensor(torch.inf)
     for first in range(0, count, PANEL):
         panel, width = min(PANEL, count - first), weights.shape[1]
         diagonal = sigma.diagonal(dim1=1, dim2=2).masked_fill(~left, 1.0)
