@@ -1,17 +1,21 @@
 """What is measured from an objective: gradient rows, their moments, Fisher products. No inverse is taken here."""
 
 from sparsekit.curvature.inputs import input_moments, input_moments_memory, layer_groups
+from sparsekit.curvature.layers import LayerGradients
 from sparsekit.curvature.moments import averaged_rows, block_moments
+from sparsekit.curvature.passes import layer_gradients
 from sparsekit.curvature.products import GaussNewton
 from sparsekit.curvature.rows import gradient_rows, per_example_gradients
 
 __all__ = [
     "GaussNewton",
+    "LayerGradients",
     "averaged_rows",
     "block_moments",
     "gradient_rows",
     "input_moments",
     "input_moments_memory",
+    "layer_gradients",
     "layer_groups",
     "per_example_gradients",
 ]

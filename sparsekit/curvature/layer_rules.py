@@ -20,16 +20,31 @@ class LayerRule:
         bias: (module, a, d) -> (b, *bias.shape).
         dimensions: module -> the fewest dimensions that a has when its first counts examples.
         applies: whether the module is of the plain kind that the rule is for.
+        positions: d -> T, at which the weight is applied; 0 where its gradients are no products Σ_t d_t a_tᵀ.
+        factors: (module, a, d) -> A (groups, b, T, in/groups) and D (groups, b, T, out/groups); with `positions` alone.
     """
 
     weight: Callable[[Any, Tensor, Tensor], Tensor]
     bias: Callable[[Any, Tensor, Tensor], Tensor]
     dimensions: Callable[[Any], int]
     applies: Callable[[Any], bool] = lambda module: True
+    positions: Callable[[Tensor], int] = lambda d: 0
+    factors: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 def _linear_weight(_module: nn.Linear, a: Tensor, d: Tensor) -> Tensor:
     return d.reshape(len(d), -1, d.shape[-1]).mT @ a.reshape(len(a), -1, a.shape[-1])  # (b, T, out)ᵀ (b, T, in)
+
+
+def _linear_factors(_module: nn.Linear, a: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    return a.reshape(1, len(a), -1, a.shape[-1]), d.reshape(1, len(d), -1, d.shape[-1])
+
+
+def _convolution_factors(module: nn.Conv1d | nn.Conv2d, a: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    b, groups = len(a), module.groups
+    patches = input_patches(module, a)
+    A, D = (X.reshape(b, groups, -1, patches.shape[-1]).permute(1, 0, 3, 2) for X in (patches, d))
+    return A, D
 
 
 def _convolution_weight(module: nn.Conv1d | nn.Conv2d, a: Tensor, d: Tensor) -> Tensor:
@@ -97,6 +112,8 @@ _CONVOLUTION = LayerRule(
     bias=lambda _, a, d: _over_channels(d),
     dimensions=lambda module: 2 + len(module.kernel_size),
     applies=lambda module: module.padding_mode == "zeros",
+    positions=lambda d: d[0, 0].numel(),
+    factors=_convolution_factors,
 )
 _BATCH_NORM = LayerRule(
     weight=lambda module, a, d: _over_channels(d * _batch_normed(module, a)),
@@ -105,7 +122,13 @@ _BATCH_NORM = LayerRule(
     applies=lambda module: module.running_mean is not None,
 )
 LAYER_RULES: dict[type[nn.Module], LayerRule] = {
-    nn.Linear: LayerRule(_linear_weight, lambda _, a, d: _over_trailing_features(d), lambda _: 2),
+    nn.Linear: LayerRule(
+        weight=_linear_weight,
+        bias=lambda _, a, d: _over_trailing_features(d),
+        dimensions=lambda _: 2,
+        positions=lambda d: d[0].numel() // d.shape[-1],
+        factors=_linear_factors,
+    ),
     nn.Conv1d: _CONVOLUTION,
     nn.Conv2d: _CONVOLUTION,
     nn.BatchNorm1d: _BATCH_NORM,

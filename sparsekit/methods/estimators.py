@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit.curvature import gradient_rows
+from sparsekit.curvature import layer_gradients
 from sparsekit.errors import CurvatureError
 from sparsekit.linalg import Diagonal
 from sparsekit.methods.block_fisher import BlockFisher
@@ -100,11 +100,15 @@ class DiagonalFisher(CurvatureEstimator[DiagonalFisherSettings]):
         self._diagonal: Tensor | None = None
 
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
-        """F_ii from the squares of gradient rows, mixed with the previous estimate by `decay`."""
+        """F_ii from the squares of gradients, mixed with the previous estimate by `decay`."""
         total = torch.zeros(self.space.size, dtype=torch.float64, device=objective.device)
-        for rows in gradient_rows(objective, self.settings.fisher, generator=generator):
-            total += rows.square().sum(0)
+        parts = self.space.unflatten(total)
+        for gradients in layer_gradients(objective, self.settings.fisher, generator=generator):
+            for name, one in gradients.items():
+                parts[name] += one.squares()
         new = (total / some(objective.count())).to(objective.dtype)
+        if not bool(new.isfinite().all()):
+            raise CurvatureError("the squares of the gradients overflow; use a model in float64, or scale its loss")
         old, decay = self._diagonal, self.settings.decay
         self._diagonal = new if old is None else decay * old + (1 - decay) * new
         return {"mean_diagonal": float(self._diagonal.double().mean())}
