@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparsekit import CurvatureEstimator, Objective, ParameterSpace
 from sparsekit.machine import describe_machine
 from sparsekit.methods.estimators import DiagonalFisher
-from sparsekit.models.autoencoder import autoencoder
+from sparsekit.models.autoencoder import Autoencoder
 from sparsekit.models.resnet import resnet
 from sparsekit.problem.likelihoods import Bernoulli, Categorical, Likelihood
 from sparsekit_fishleg import FishLeg
@@ -41,7 +41,7 @@ def network(name: str, examples: int) -> Problem:
     labels = torch.randint(10, (examples,))
     if name == "autoencoder":
         inputs = torch.rand(examples, 784)
-        return autoencoder(), Bernoulli(), inputs, inputs
+        return Autoencoder(), Bernoulli(), inputs, inputs
     if name == "resnet20":
         return resnet(20).eval(), Categorical(), torch.randn(examples, 3, 32, 32), labels
     return mlp({"mlp-1m": 690, "mlp-5m": 1870}[name]), Categorical(), torch.randn(examples, 784), labels
@@ -124,9 +124,8 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        f"{describe_machine()}\n\n| network, weights | examples | estimator | plain passes | without eigendecompositions |"
-    )
+    print(", ".join(f"{k} {v}" for k, v in describe_machine(torch.device("cpu")).items()) + "\n")
+    print("| network, weights | examples | estimator | plain passes | without eigendecompositions |")
     print("|---|---|---|---|---|")
     for name in given.networks:
         measure(name, given.examples, given.batch, given.repetitions)

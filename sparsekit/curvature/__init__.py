@@ -1,20 +1,25 @@
 """What is measured from an objective: gradient rows, their moments, Fisher products. No inverse is taken here."""
 
 from sparsekit.curvature.inputs import input_moments, input_moments_memory, layer_groups
+from sparsekit.curvature.kronecker_factors import KroneckerFactors, kronecker_factors
 from sparsekit.curvature.layers import LayerGradients
 from sparsekit.curvature.moments import averaged_rows, block_moments
 from sparsekit.curvature.passes import layer_gradients
 from sparsekit.curvature.products import GaussNewton
 from sparsekit.curvature.rows import gradient_rows, per_example_gradients
+from sparsekit.curvature.sums import RunningSum
 
 __all__ = [
     "GaussNewton",
+    "KroneckerFactors",
     "LayerGradients",
+    "RunningSum",
     "averaged_rows",
     "block_moments",
     "gradient_rows",
     "input_moments",
     "input_moments_memory",
+    "kronecker_factors",
     "layer_gradients",
     "layer_groups",
     "per_example_gradients",

@@ -8,13 +8,14 @@ multiplies less; at most SLICE numbers of G_n exist at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
 from sparsekit.curvature.hooked_layers import HookedLayer
+from sparsekit.curvature.sums import RunningSum
 from sparsekit.linalg import kronecker_product
 
 #: Numbers of per-example gradients that are formed at a time.
@@ -85,16 +86,17 @@ class LayerGradients:
         groups = int(getattr(self._uses[0][0].module, "groups", 1)) if self._uses else 1
         return groups, self.shape[0] // groups, prod(self.shape[1:])
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A (groups, b, T, in/groups) and D (groups, b, T, out/groups), G_n = D_nᵀ A_n in each group.
+    def factors(self, examples: slice | None = None) -> tuple[Tensor, Tensor]:
+        """A (groups, b', T, in/groups) and D (groups, b', T, out/groups), G_n = D_nᵀ A_n in each group.
 
         The positions of all uses of the layer follow one another.
 
         Raises:
             ValueError: the gradients are not products of factors, see `positions`.
         """
+        some = slice(None) if examples is None else examples
         pairs = [
-            layer.rule.factors(layer.module, a, d)
+            layer.rule.factors(layer.module, a[some], d[some])
             for layer, a, d in self._uses
             if self.name == layer.weight and layer.rule.factors is not None
         ]
@@ -106,82 +108,109 @@ class LayerGradients:
         return A, D
 
     # -- sums over the examples ----------------------------------------------------------------------------------
-    def squares(self) -> Tensor:
-        """Σ_n G_n², (*shape): N times the diagonal of F."""
-        if self.positions == 1:
-            A, D = (part[:, :, 0].square() for part in self.factors())
-            return (D.mT @ A).reshape(self.shape)
-        return _summed(rows.square().sum(0) for rows in self.slices())
+    def add_squares(self, total: RunningSum) -> None:
+        """Add Σ_n G_n², (*shape): N times the diagonal of F."""
+        if self.positions == 1 and self.matrices[0] == 1:
+            A, D = (part[0, :, 0].square() for part in self.factors())
+            total.add_product(D, A.reshape(len(A), -1))
+            return
+        total.add(_summed(rows.square().sum(0) for rows in self.slices()))
 
-    def squared_norms(self) -> Tensor:
-        """Σ_n |G_n[o]|² for each output o, (shape[0],): the trace of each output's share of N F."""
+    def add_squared_norms(self, total: RunningSum) -> None:
+        """Add Σ_n |G_n[o]|² for each output o, (shape[0],): the trace of each output's share of N F."""
         if self.positions == 1:
             A, D = self.factors()
-            return (D.square() * A.square().sum(3, keepdim=True)).sum((1, 2)).flatten()
-        return _summed(rows.square().sum(0).reshape(self.shape[0], -1).sum(1) for rows in self.slices())
+            total.add((D.square() * A.square().sum(3, keepdim=True)).sum((1, 2)).flatten())
+            return
+        total.add(_summed(rows.square().sum(0).reshape(self.shape[0], -1).sum(1) for rows in self.slices()))
 
-    def mode_moment(self, shape: Sequence[int], mode: int) -> Tensor:
-        """Σ_n of G_n's second moment along one mode, summed over all others: (g, d, d).
+    def add_moments(self, shape: Sequence[int], totals: Mapping[int, RunningSum]) -> None:
+        """Add Σ_n of G_n's second moment along each of some modes, summed over all others: (g, d, d) each.
 
         For a matrix G_n (out, in): Σ_n G_n G_nᵀ for mode 0, Σ_n G_nᵀ G_n for mode 1.
 
         Args:
             shape: (g, d_1, …, d_m), how G_n is seen.
-            mode: from 0 to m − 1.
+            totals: by mode, from 0 to m − 1.
         """
-        factored = self._factored_moment(mode) if tuple(shape) == self.matrices else None
-        if factored is not None:
-            return factored
-        d, others = shape[mode + 1], [axis for axis in range(2, len(shape) + 1) if axis != mode + 2]
+        rest: dict[int, Tensor | None] = {}
+        for mode, total in totals.items():
+            if tuple(shape) == self.matrices and self._pays(mode):
+                total.add_product(*self._moment_factors(mode))
+            else:
+                rest[mode] = None
+        for rows in self.slices() if rest else ():
+            G = rows.reshape(-1, *shape)
+            for mode, known in rest.items():
+                part = _moment(G, mode)
+                rest[mode] = part if known is None else known.add_(part)
+        for mode, found in rest.items():
+            assert found is not None
+            totals[mode].add(found)
 
-        def moment(G: Tensor) -> Tensor:
-            if mode == len(shape) - 2:  # either way without a copy where no groups and no other modes are between
-                flat = G.permute(1, 0, *others, mode + 2).reshape(shape[0], -1, d)
-                return flat.mT @ flat
-            wide = G.permute(1, mode + 2, 0, *others).reshape(shape[0], d, -1)
-            return wide @ wide.mT
-
-        return _summed(moment(rows.reshape(-1, *shape)) for rows in self.slices())
-
-    def _factored_moment(self, mode: int) -> Tensor | None:
-        """`mode_moment` of matrices from their factors; None where that multiplies more than with rows."""
+    def _pays(self, mode: int) -> bool:
+        """Whether the moment of matrices multiplies less with their factors than with rows."""
         T, (_, out, inner) = self.positions, self.matrices
-        near, far = (inner, out) if mode == 1 else (out, inner)  # the sides that stays and that is summed over
-        if not T or T * T * (near + far) + T * near * near > T * near * far + near * near * far:
-            return None
+        near, far = (inner, out) if mode == 1 else (out, inner)  # the side that stays, and the one that is summed over
+        return T > 0 and T * T * (near + far) + T * near * near <= T * near * far + near * near * far
+
+    def _moment_factors(self, mode: int) -> tuple[Tensor, Tensor]:
+        """P and R (g, b·T, d) with PᵀR the moment: Σ_n X_nᵀ (Y_n Y_nᵀ) X_n."""
         A, D = self.factors()
         X, Y = (A, D) if mode == 1 else (D, A)
-        if T == 1:
+        if X.shape[2] == 1:
             X = (X * Y.square().sum(3, keepdim=True).sqrt())[:, :, 0]
-            return X.mT @ X
-        return X.flatten(1, 2).mT @ ((Y @ Y.mT) @ X).flatten(1, 2)  # Σ_n X_nᵀ (Y_n Y_nᵀ) X_n
+            return X, X
+        return X.flatten(1, 2), ((Y @ Y.mT) @ X).flatten(1, 2)
 
-    def squares_in_basis(self, shape: Sequence[int], factors: Sequence[Tensor | None]) -> Tensor:
-        """Σ_n ((U_1 ⊗ … ⊗ U_m)ᵀ G_n)², (g, d_1, …, d_m).
+    def add_squares_in_basis(self, shape: Sequence[int], factors: Sequence[Tensor | None], total: RunningSum) -> None:
+        """Add Σ_n ((U_1 ⊗ … ⊗ U_m)ᵀ G_n)², (g, d_1, …, d_m).
 
         Args:
             shape: (g, d_1, …, d_m), how G_n is seen.
             factors: U_i (g, d_i, d_i), or None for the identity.
+            total: the sum.
         """
         T, (_, out, inner) = self.positions, self.matrices
         if T and tuple(shape) == self.matrices and T * (out**2 + inner**2) <= out * inner * (out + inner):
-            turned = [
-                X if U is None else X @ U[:, None] for X, U in zip(reversed(self.factors()), factors, strict=True)
-            ]
+            D, A = (
+                X if U is None else (X.flatten(1, 2) @ U).view_as(X)
+                for X, U in zip(reversed(self.factors()), factors, strict=True)
+            )
             if T == 1:
-                D, A = (X[:, :, 0].square() for X in turned)
-                return D.mT @ A
-            D, A = turned
+                total.add_product(D[:, :, 0].square(), A[:, :, 0].square())
+                return
             step = max(1, SLICE // (out * inner))
             pairs = zip(D.split(step, 1), A.split(step, 1), strict=True)
-            return _summed((d.mT @ a).square_().sum(1) for d, a in pairs)
+            total.add(_summed((d.mT @ a).square_().sum(1) for d, a in pairs))
+            return
         rotated = (kronecker_product(factors, rows.reshape(-1, *shape), transposed=True) for rows in self.slices())
-        return _summed(part.square().sum(0) for part in rotated)
+        total.add(_summed(part.square().sum(0) for part in rotated))
 
     def product(self, V: Tensor) -> Tensor:
         """Σ_n g_n g_nᵀ V for V (size, k): N times the parameter's own block of F, applied to V."""
+        if self.positions == 1:
+            A, D = (X[:, :, 0] for X in self.factors())  # (g, b, in), (g, b, out)
+            groups, out, inner = self.matrices
+            k = V.shape[1]
+            wide = (D @ V.reshape(groups, out, inner * k)).view(groups, len(self), inner, k)
+            s = (A[:, :, None] @ wide)[:, :, 0]  # g_nᵀ V, (g, b, k)
+            if groups > 1:
+                s = s.sum(0, keepdim=True)
+            back = D.mT @ (A[..., None] * s[:, :, None]).flatten(2)
+            return back.view(-1, k)
         flat = (rows.flatten(1) for rows in self.slices())
         return _summed(rows.mT @ (rows @ V) for rows in flat)
+
+
+def _moment(G: Tensor, mode: int) -> Tensor:
+    """Σ_n of the second moment of G_n along a mode, for G (b, g, d_1, …, d_m): (g, d, d)."""
+    groups, d, others = G.shape[1], G.shape[mode + 2], [axis for axis in range(2, G.dim()) if axis != mode + 2]
+    if mode == G.dim() - 3:  # either way without a copy where no groups and no other modes are between
+        flat = G.permute(1, 0, *others, mode + 2).reshape(groups, -1, d)
+        return flat.mT @ flat
+    wide = G.permute(1, mode + 2, 0, *others).reshape(groups, d, -1)
+    return wide @ wide.mT
 
 
 def _summed(parts: Iterable[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -9,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit.curvature import layer_gradients
+from sparsekit.curvature import RunningSum, layer_gradients
 from sparsekit.errors import CurvatureError
 from sparsekit.linalg import Diagonal
 from sparsekit.methods.block_fisher import BlockFisher
@@ -101,14 +102,12 @@ class DiagonalFisher(CurvatureEstimator[DiagonalFisherSettings]):
 
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
         """F_ii from the squares of gradients, mixed with the previous estimate by `decay`."""
-        total = torch.zeros(self.space.size, dtype=torch.float64, device=objective.device)
-        parts = self.space.unflatten(total)
+        totals: defaultdict[str, RunningSum] = defaultdict(RunningSum)
         for gradients in layer_gradients(objective, self.settings.fisher, generator=generator):
             for name, one in gradients.items():
-                parts[name] += one.squares()
-        new = (total / some(objective.count())).to(objective.dtype)
-        if not bool(new.isfinite().all()):
-            raise CurvatureError("the squares of the gradients overflow; use a model in float64, or scale its loss")
+                one.add_squares(totals[name])
+        count = some(objective.count())
+        new = torch.cat([totals[name].mean(count).to(objective.dtype).flatten() for name in self.space.names])
         old, decay = self._diagonal, self.settings.decay
         self._diagonal = new if old is None else decay * old + (1 - decay) * new
         return {"mean_diagonal": float(self._diagonal.double().mean())}

@@ -17,13 +17,16 @@ Reference: Hubara et al., 2021 (AdaPrune); Frantar and Alistarh, 2022 (ExactOBS)
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from sparsekit.curvature.rows import gradient_rows
+from sparsekit.curvature.passes import layer_gradients
+from sparsekit.curvature.sums import RunningSum
 from sparsekit.curvature.vectors import FisherKind
 from sparsekit.errors import CurvatureError, DataError, ModelError, SettingsError
 from sparsekit.methods.interfaces import ReconstructionSettings
@@ -219,14 +222,13 @@ def output_moments(objective: Objective, fisher: FisherKind, generator: torch.Ge
 
     Only for weights of two or more dimensions. As a weighting, outputs with more sensitive weights count more.
     """
-    totals: dict[str, Tensor] = {}
-    for rows in gradient_rows(objective, fisher, generator=generator):
-        for info in objective.space.parameters:
-            if len(info.shape) > 1:
-                G = rows[:, info.slice].reshape(len(rows), info.groups, info.shape[0] // info.groups, -1)
-                moment = torch.einsum("bgoi,bgpi->gop", G, G).double()
-                totals[info.name] = moment + totals[info.name] if info.name in totals else moment
-    return totals
+    totals: defaultdict[str, RunningSum] = defaultdict(RunningSum)
+    matrices = [info for info in objective.space.parameters if len(info.shape) > 1]
+    for gradients in layer_gradients(objective, fisher, generator=generator):
+        for info in matrices:
+            shape = (info.groups, info.shape[0] // info.groups, prod(info.shape[1:]))
+            gradients[info.name].add_moments(shape, {0: totals[info.name]})
+    return {name: total.value() for name, total in totals.items()}
 
 
 def _whole(piece: Piece, space: ParameterSpace) -> bool:

@@ -7,6 +7,7 @@ O = I but for structure 'outer'. For a weight matrix: U ↦ U_1 (q ∘ (U_1ᵀ U
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,8 +15,12 @@ import torch
 from torch import Tensor
 
 from sparsekit import CurvatureError
+from sparsekit.curvature import LayerGradients, RunningSum
 from sparsekit.linalg import BlockDiagonal, Diagonal, KroneckerDiagonal, LinearOperator, kronecker_product
 from sparsekit_fishleg.structures import Structure, View
+
+#: The sums over a pass, by name.
+Totals = defaultdict[str, RunningSum]
 
 #: Structures whose q is a product of one vector for each mode.
 RANK_ONE = ("kronecker", "outer")
@@ -88,24 +93,15 @@ class Block:
         if self.structure == "outer" and self.rank_one:
             self.state["outer"] = like.new_ones(self.shape)
 
-    def gather_bases(self, rows: Tensor, totals: dict[str, Tensor]) -> None:
-        """Add rows (b, n_l) to the sums from which the bases come, in float64."""
-        G = rows.view(-1, *self.shape)
-        for i in self.factored:
-            others = [axis for axis in range(2, G.dim()) if axis != i + 2]
-            d = self.view.modes[i]
-            if i == len(self.view.modes) - 1:
-                flat = G.permute(1, 0, *others, i + 2).reshape(self.view.groups, -1, d)
-                _add(totals, f"moment{i}", flat.mT @ flat)
-            else:
-                wide = G.permute(1, i + 2, 0, *others).reshape(self.view.groups, d, -1)
-                _add(totals, f"moment{i}", wide @ wide.mT)
+    def gather_bases(self, gradients: LayerGradients, totals: Totals) -> None:
+        """Add the gradients of a batch to the sums from which the bases come."""
+        gradients.add_moments(self.shape, {i: totals[f"moment{i}"] for i in self.factored})
 
-    def set_bases(self, totals: dict[str, Tensor], count: int, decay: float, dtype: torch.dtype) -> None:
+    def set_bases(self, totals: Totals, count: int, decay: float, dtype: torch.dtype) -> None:
         """Mix the sums over `count` examples into what is known and diagonalise; the sums are used up."""
         turns: list[Tensor | None] = [None] * len(self.view.modes)
         for i in self.factored:
-            old, moment = self.state.get(f"basis{i}"), _mean(totals, f"moment{i}", count)
+            old, moment = self.state.get(f"basis{i}"), totals.pop(f"moment{i}").mean(count)
             if old is not None and f"moment{i}" in self.state:
                 wide = old.double()
                 moment = (1 - decay) * moment + decay * (wide * self.state[f"moment{i}"].double()[:, None]) @ wide.mT
@@ -118,15 +114,13 @@ class Block:
             # The earlier model of F, seen in the new basis: its diagonal there.
             self.state["spectrum"] = kronecker_product(turns, self.state["spectrum"][None])[0]
 
-    def gather_spectrum(self, rows: Tensor, totals: dict[str, Tensor]) -> None:
-        """Add rows (b, n_l) to the sum of squares in the present basis, in float64."""
-        rotated = kronecker_product(self._factors("basis"), rows.view(-1, *self.shape), transposed=True)
-        # Without a factor the rows themselves come back, which are the caller's.
-        _add(totals, "spectrum", (rotated.square_() if self.factored else rotated.square()).sum(0))
+    def gather_spectrum(self, gradients: LayerGradients, totals: Totals) -> None:
+        """Add the gradients of a batch to the sum of squares in the present basis."""
+        gradients.add_squares_in_basis(self.shape, self._factors("basis"), totals["spectrum"])
 
-    def set_spectrum(self, totals: dict[str, Tensor], count: int, decay: float, dtype: torch.dtype) -> None:
+    def set_spectrum(self, totals: Totals, count: int, decay: float, dtype: torch.dtype) -> None:
         """Mix the sum of squares over `count` examples into the spectrum D; the sum is used up."""
-        new, old = _mean(totals, "spectrum", count).to(dtype), self.state.get("spectrum")
+        new, old = totals.pop("spectrum").mean(count).to(dtype), self.state.get("spectrum")
         self.state["spectrum"] = new if old is None else decay * old + (1 - decay) * new
 
     def closed_form(self, damping: float) -> None:
@@ -242,23 +236,3 @@ class Block:
     def factor_sizes(self) -> list[int]:
         """Numbers in the factor of each mode that has one."""
         return [self.view.groups * self.view.modes[i] ** 2 for i in self.factored]
-
-
-def _mean(totals: dict[str, Tensor], name: str, count: int) -> Tensor:
-    """A sum over `count` examples, used up, as a mean.
-
-    Raises:
-        CurvatureError: it is not finite.
-    """
-    mean = totals.pop(name).div_(count)
-    if not bool(mean.isfinite().all()):
-        raise CurvatureError("the squares of the gradients overflow; use a model in float64, or scale its loss")
-    return mean
-
-
-def _add(totals: dict[str, Tensor], name: str, part: Tensor) -> None:
-    """Add to a sum in float64; `part` is given away."""
-    if name in totals:
-        totals[name] += part
-    else:
-        totals[name] = part.double()

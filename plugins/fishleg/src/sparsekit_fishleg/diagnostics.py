@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor
 
 from sparsekit import FisherKind, Objective
-from sparsekit.curvature import gradient_rows
+from sparsekit.curvature import RunningSum, layer_gradients
 from sparsekit.linalg import LinearOperator
 
 
@@ -24,12 +26,13 @@ def diagnose(
         generator: for the labels.
     """
     figures, V = {}, operator @ u
-    image, squares, count = torch.zeros_like(V), torch.zeros_like(u[:, 0]), held.count()
-    for rows in gradient_rows(held, fisher, generator=generator):
-        squares += rows.square().sum(0) / count
+    squares: defaultdict[str, RunningSum] = defaultdict(RunningSum)
+    image, count = torch.zeros_like(V), held.count()
+    for gradients in layer_gradients(held, fisher, generator=generator):
         for info in held.space.parameters:
-            part = rows[:, info.slice]
-            image[info.slice] += part.mT @ (part @ V[info.slice]) / count
+            one, at = gradients[info.name], info.slice
+            one.add_squares(squares[info.name])
+            image[at] += one.product(V[at]) / count
     HV = image + damping * V
     r = HV - u
     Qr, model = operator @ r, operator.inverse_diagonal()
@@ -40,7 +43,8 @@ def diagnose(
             continue
         figures[f"{info.name}/residual"] = float((r[at] * Qr[at]).sum()) / energy
         figures[f"{info.name}/auxiliary_loss"] = (float((V[at] * HV[at]).sum()) - 2 * energy) / energy
-        logs = torch.stack([model[at], squares[at] + damping]).double().log()
+        diagonal = squares[info.name].mean(count).flatten() + damping
+        logs = torch.stack([model[at].double(), diagonal]).log()
         if bool((logs.std(1) > 0).all()):
             figures[f"{info.name}/diagonal_correlation"] = float(torch.corrcoef(logs)[0, 1])
         figures[f"{info.name}/diagonal_ratio"] = float((logs[0] - logs[1]).mean().exp())

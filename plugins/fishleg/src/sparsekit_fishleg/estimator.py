@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -21,9 +22,10 @@ from sparsekit import (
     ParameterSpace,
     SettingsError,
 )
-from sparsekit.curvature import gradient_rows
+from sparsekit.curvature import LayerGradients, RunningSum, layer_gradients
 from sparsekit.linalg import DirectSum
 from sparsekit_fishleg.auxiliary import Fit, fit
+from sparsekit_fishleg.blocks import Totals
 from sparsekit_fishleg.diagnostics import diagnose
 from sparsekit_fishleg.memory import blocks_of, peak_bytes
 from sparsekit_fishleg.products import FisherProduct, layer_product, network_product
@@ -46,7 +48,6 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
     def __init__(self, space: ParameterSpace, settings: FishLegSettings) -> None:
         super().__init__(space, settings)
         self._blocks = blocks_of(space, settings)
-        self._sizes = [info.size for info in space.parameters]
         self._fitted: float | None = None  # the damping that Q was fitted at
         self._mean_diagonal = 0.0
 
@@ -76,7 +77,8 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
         seen = replace(objective, batches=batches[: len(batches) - held])
         like = torch.empty(0, dtype=objective.dtype, device=objective.device)
         if self._fitted is None or settings.refresh == "moments":
-            self._assimilate(seen, generator, like)
+            start = self._measure_trace if settings.start == "identity" else self._assimilate
+            start(seen, generator, like)
         figures = {"mean_diagonal": self._mean_diagonal}
         kept_back = replace(objective, batches=batches[len(batches) - held :])
         if settings.auxiliary_steps:
@@ -99,33 +101,39 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
     def _assimilate(self, objective: Objective, generator: torch.Generator, like: Tensor) -> None:
         """Bases, then the spectrum in them, from two passes over the examples; q in closed form."""
         count, decay = objective.count(), self.settings.decay
-        identity = self.settings.start == "identity"
         labels = generator.get_state()
-        totals: list[dict[str, Tensor]] = [{} for _ in self._blocks]
-        trace = 0.0
-        for rows in self._rows(objective, generator):
-            trace += float(rows.norm(dim=1).double().square().sum())
-            if not identity:
-                for block, total, part in zip(self._blocks, totals, rows.split(self._sizes, dim=1), strict=True):
-                    block.gather_bases(part, total)
-        mean = trace / count / self.space.size
-        self._mean_diagonal = mean if self._fitted is None else decay * self._mean_diagonal + (1 - decay) * mean
-        if identity:
-            if self._fitted is None:  # later, q goes on from where steps left it, and so does its γ
-                self._fitted = self.resolve_damping(None, self._mean_diagonal)
-                for block in self._blocks:
-                    block.identity(self._fitted, like)
-            return
-        self._fitted = self.resolve_damping(None, self._mean_diagonal)
+        totals: list[Totals] = [defaultdict(RunningSum) for _ in self._blocks]
+        for gradients in self._gradients(objective, generator):
+            for block, total, one in zip(self._blocks, totals, gradients.values(), strict=True):
+                block.gather_bases(one, total)
         for block, total in zip(self._blocks, totals, strict=True):
             block.set_bases(total, count, decay, like.dtype)
         generator.set_state(labels)  # the same sampled labels: the basis and its spectrum belong together
-        for rows in self._rows(objective, generator):
-            for block, total, part in zip(self._blocks, totals, rows.split(self._sizes, dim=1), strict=True):
-                block.gather_spectrum(part, total)
+        for gradients in self._gradients(objective, generator):
+            for block, total, one in zip(self._blocks, totals, gradients.values(), strict=True):
+                block.gather_spectrum(one, total)
+        # The bases are orthogonal: the trace of F is the sum of its spectra.
+        self._mix_trace(sum(float(total["spectrum"].value().sum()) for total in totals) / count)
+        self._fitted = self.resolve_damping(None, self._mean_diagonal)
         for block, total in zip(self._blocks, totals, strict=True):
             block.set_spectrum(total, count, decay, like.dtype)
             block.closed_form(self._fitted)
+
+    def _measure_trace(self, objective: Objective, generator: torch.Generator, like: Tensor) -> None:
+        """The damping, and with it the start of Q = I/γ, from one pass."""
+        totals: Totals = defaultdict(RunningSum)
+        for gradients in self._gradients(objective, generator):
+            for name, one in gradients.items():
+                one.add_squared_norms(totals[name])
+        self._mix_trace(sum(float(total.value().sum()) for total in totals.values()) / objective.count())
+        if self._fitted is None:  # later, q continues from where steps left it, and so does its γ
+            self._fitted = self.resolve_damping(None, self._mean_diagonal)
+            for block in self._blocks:
+                block.identity(self._fitted, like)
+
+    def _mix_trace(self, trace: float) -> None:
+        decay = 0.0 if self._fitted is None else self.settings.decay
+        self._mean_diagonal = decay * self._mean_diagonal + (1 - decay) * trace / self.space.size
 
     def _refine(self, seen: Objective, held: Objective, generator: torch.Generator, like: Tensor) -> Fit:
         assert self._fitted is not None and isinstance(seen.batches, Sequence)
@@ -144,8 +152,8 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
 
         return fit(self._blocks, batch, held_out, self.settings, damping=self._fitted, generator=generator, like=like)
 
-    def _rows(self, objective: Objective, generator: torch.Generator) -> Iterator[Tensor]:
-        return gradient_rows(objective, self.settings.fisher, generator=generator)
+    def _gradients(self, objective: Objective, generator: torch.Generator) -> Iterator[dict[str, LayerGradients]]:
+        return layer_gradients(objective, self.settings.fisher, generator=generator)
 
     def inverse(self, damping: float | None = None) -> InverseFisher:
         """Q; at another damping, the curvature 1/q − γ that it stands for is damped anew."""

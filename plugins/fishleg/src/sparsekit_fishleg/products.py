@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekit import CurvatureError, FisherKind, Objective
-from sparsekit.curvature import GaussNewton, gradient_rows
+from sparsekit.curvature import GaussNewton, layer_gradients
 
 #: V (n, k) ↦ F V, by the examples of one batch or of all held-out ones.
 FisherProduct = Callable[[Tensor], Tensor]
@@ -16,14 +16,13 @@ FisherProduct = Callable[[Tensor], Tensor]
 
 def layer_product(objective: Objective, fisher: FisherKind, generator: torch.Generator) -> FisherProduct:
     """V (n, k) ↦ F V, F cut to one block a tensor: one forward and backward pass for all columns."""
-    sizes = [info.size for info in objective.space.parameters]
+    space = objective.space
 
     def product(V: Tensor) -> Tensor:
         total = torch.zeros_like(V)
-        for rows in gradient_rows(objective, fisher, generator=generator):
-            parts = zip(rows.split(sizes, dim=1), V.split(sizes), total.split(sizes), strict=True)
-            for part, v, out in parts:
-                out.add_(part.mT @ (part @ v))
+        for gradients in layer_gradients(objective, fisher, generator=generator):
+            for name, one in gradients.items():
+                total[space[name].slice] += one.product(V[space[name].slice])
         return total.div_(objective.count())
 
     return product

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -18,7 +19,7 @@ from sparsekit import (
     Objective,
     ParameterSpace,
 )
-from sparsekit.curvature import input_moments, input_moments_memory, layer_groups, per_example_gradients
+from sparsekit.curvature import RunningSum, input_moments, input_moments_memory, layer_gradients, layer_groups
 from sparsekit.linalg import DirectSum, LinearOperator, RepeatedBlock, Rescaled
 
 
@@ -90,12 +91,13 @@ class LayerwiseSurgeon(CurvatureEstimator[LayerwiseSettings]):
                 energy = (W @ moment * W).sum() / 2
                 found[name] = torch.full((w.shape[0],), 1 / max(float(energy), 1e-300)).to(moment)
         if self.settings.allocation == "fisher":
-            lengths = {name: torch.zeros(self.space[name].shape[0]).to(traces[name]) for name in traces}
-            for rows in per_example_gradients(objective, self.settings.fisher, generator=generator):
-                for name in lengths:
-                    lengths[name] += rows[name].flatten(2).square().sum((0, 2))
+            lengths: defaultdict[str, RunningSum] = defaultdict(RunningSum)
+            for gradients in layer_gradients(objective, self.settings.fisher, generator=generator):
+                for name, one in gradients.items():
+                    one.add_squared_norms(lengths[name])
             for name, total in lengths.items():
-                b = total.view(len(traces[name]), -1) / objective.count() / traces[name].clamp_min(1e-300)[:, None]
+                trace = traces[name].clamp_min(1e-300)[:, None]
+                b = total.mean(objective.count()).view(len(trace), -1) / trace
                 found[name] = b.clamp_min(self.LEAST * float(b.max()) or 1.0).flatten()
         return found
 
