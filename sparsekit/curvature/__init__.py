@@ -2,7 +2,7 @@
 
 from sparsekit.curvature.inputs import input_moments, input_moments_memory, layer_groups
 from sparsekit.curvature.kronecker_factors import KroneckerFactors, kronecker_factors
-from sparsekit.curvature.layers import LayerGradients
+from sparsekit.curvature.layers import LayerGradients, layer_gradients_memory
 from sparsekit.curvature.moments import averaged_rows, block_moments
 from sparsekit.curvature.passes import layer_gradients
 from sparsekit.curvature.products import GaussNewton
@@ -21,6 +21,7 @@ __all__ = [
     "input_moments_memory",
     "kronecker_factors",
     "layer_gradients",
+    "layer_gradients_memory",
     "layer_groups",
     "per_example_gradients",
 ]

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from sparsekit.curvature.hooked_layers import HookedLayer
-from sparsekit.curvature.sums import RunningSum
+from sparsekit.curvature.layer_rules import LAYER_RULES
+from sparsekit.curvature.sums import ROWS, RunningSum
 from sparsekit.linalg import kronecker_product
+from sparsekit.problem.parameters import ParameterSpace
 
 #: Numbers of per-example gradients that are formed at a time.
 SLICE = 1 << 22
@@ -201,6 +203,18 @@ class LayerGradients:
             return back.view(-1, k)
         flat = (rows.flatten(1) for rows in self.slices())
         return _summed(rows.mT @ (rows @ V) for rows in flat)
+
+
+def layer_gradients_memory(space: ParameterSpace, batch_size: int) -> int:
+    """Bytes that passes and sums take at most, of a model in float32, besides activations and the sums themselves.
+
+    These are the gradients of parameters without a rule, a slice of one parameter's gradients with its copies, and the
+    factors that a running sum holds back.
+    """
+    whole = sum(info.size for info in space.parameters if info.layer is not None and info.layer not in LAYER_RULES)
+    largest = max(min(batch_size * info.size, max(SLICE, info.size)) for info in space.parameters)
+    sides = sum(info.shape[0] + info.size // info.shape[0] for info in space.parameters)
+    return 4 * (3 * batch_size * whole + 4 * largest + (ROWS + batch_size) * sides)
 
 
 def _moment(G: Tensor, mode: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit.curvature import RunningSum, layer_gradients
+from sparsekit.curvature import RunningSum, layer_gradients, layer_gradients_memory
 from sparsekit.errors import CurvatureError
 from sparsekit.linalg import Diagonal
 from sparsekit.methods.block_fisher import BlockFisher
@@ -129,5 +129,5 @@ class DiagonalFisher(CurvatureEstimator[DiagonalFisherSettings]):
 
     @classmethod
     def memory(cls, space: ParameterSpace, settings: DiagonalFisherSettings) -> int:
-        """Bytes of the diagonal twice (float64 while accumulating) and one batch of rows."""
-        return space.size * (8 + 4 + 4 * settings.batch_size)
+        """Bytes of the diagonal, of its sum in both precisions, and of the passes."""
+        return space.size * (4 + 4 + 8) + layer_gradients_memory(space, settings.batch_size)

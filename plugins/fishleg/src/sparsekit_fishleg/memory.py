@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from sparsekit import ParameterSpace
+from sparsekit.curvature import layer_gradients_memory
 from sparsekit_fishleg.blocks import Block
 from sparsekit_fishleg.settings import FishLegSettings
 from sparsekit_fishleg.structures import view
@@ -48,15 +49,15 @@ def peak_bytes(space: ParameterSpace, settings: FishLegSettings) -> int:
     size, longest = space.size, max(block.size for block in blocks)
     parameters = 4 * (factors + size)
     state = state_bytes(blocks, settings)
-    # By tensor, in one piece, and those of the batch before; copies of one tensor's in products.
-    rows = 4 * settings.batch_size * 3 * (size + longest)
-    # Sums in float64; an eigendecomposition in float64 with its workspace, and the mean, mix and turn around it.
-    assimilating = 8 * factors + 8 * size + 64 * widest + rows
+    passes = layer_gradients_memory(space, settings.batch_size)
+    # Sums in both precisions; an eigendecomposition in float64 with its workspace, and the mix and turn around it.
+    assimilating = 12 * (factors + size) + 64 * widest + passes
     # Parameters, gradients, Adam's moments, the best so far and its successor, moments of these where they are
-    # carried; u, r, Q u and F Q u with temporaries, and the graph of one tensor's Q u.
-    fitting = (
-        (6 + 4 * settings.carries) * parameters + 32 * widest + 4 * settings.probes * (6 * size + 8 * longest) + rows
-    )
+    # carried; u, r, Q u and F Q u with temporaries, and the graph of one tensor's Q u; for each probe the inputs of a
+    # batch in products.
+    inputs = settings.batch_size * max(info.size // info.shape[0] for info in space.parameters)
+    probes = 4 * settings.probes * (6 * size + 8 * longest + 2 * inputs)
+    fitting = (6 + 4 * settings.carries) * parameters + 32 * widest + probes + passes
     # Inverses of L and R, taken in float64.
     inverting = 4 * factors + 32 * widest + 16 * size
     return state + max(assimilating, inverting, fitting if settings.auxiliary_steps else 0)

@@ -19,7 +19,14 @@ from sparsekit import (
     Objective,
     ParameterSpace,
 )
-from sparsekit.curvature import RunningSum, input_moments, input_moments_memory, layer_gradients, layer_groups
+from sparsekit.curvature import (
+    RunningSum,
+    input_moments,
+    input_moments_memory,
+    layer_gradients,
+    layer_gradients_memory,
+    layer_groups,
+)
 from sparsekit.linalg import DirectSum, LinearOperator, RepeatedBlock, Rescaled
 
 
@@ -150,8 +157,8 @@ class LayerwiseSurgeon(CurvatureEstimator[LayerwiseSettings]):
             matrices += 3 * count * one
             fitting = max(1, (settings.slice_mebibytes << 20) // (4 * one))
             largest = max(largest, 2 * count * one, 4 * min(fitting, rows) * one)
-        rows = 4 * 3 * settings.batch_size * space.size if settings.allocation == "fisher" else 0
-        return matrices + max(largest, rows) + input_moments_memory() + 4 * 8 * space.size
+        passes = layer_gradients_memory(space, settings.batch_size) if settings.allocation == "fisher" else 0
+        return matrices + max(largest, passes) + input_moments_memory() + 4 * 8 * space.size
 
     @classmethod
     def check(cls, model: nn.Module, space: ParameterSpace, settings: LayerwiseSettings, available: Memory) -> None:
