@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from sparsekit.curvature.layer_rules import input_patches
 from sparsekit.errors import ModelError
 from sparsekit.problem.objective import Objective, as_found, some
 from sparsekit.problem.parameters import ParameterSpace
+
+#: Positions from which on an example is multiplied by itself; joining several costs a copy.
+POSITIONS = 256
 
 #: Bytes of unfolded inputs that products are taken of at a time.
 PATCH_BYTES = 1 << 24
@@ -57,12 +61,10 @@ def input_moments(objective: Objective) -> dict[str, Tensor]:
             for layer in layers:
                 assert layer.weight is not None
                 for a, _ in layer.uses:
-                    moment = totals.get(layer.weight)
                     for part in a.split(_fitting(layer.module, a)):
-                        X = _columns(layer.module, part)
-                        moment = X @ X.mT if moment is None else moment.baddbmm_(X, X.mT)
-                    if moment is not None:
-                        totals[layer.weight] = moment
+                        for X in _columns(layer.module, part.double()):
+                            moment = totals.get(layer.weight)
+                            totals[layer.weight] = X @ X.mT if moment is None else moment.baddbmm_(X, X.mT)
     count = some(objective.count())
     idle = [name for name in objective.space.names if name not in totals]
     if idle:
@@ -76,12 +78,17 @@ def _fitting(module: nn.Module, a: Tensor) -> int:
     return max(1, PATCH_BYTES // max(1, 8 * copies * a[0].numel()))
 
 
-def _columns(module: nn.Module, a: Tensor) -> Tensor:
-    """What a weight sees, (groups, in, b·T), float64."""
+def _columns(module: nn.Module, a: Tensor) -> Iterator[Tensor]:
+    """What a weight sees, (groups, in, ·), in pieces over all examples and positions."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
-        return a.reshape(1, -1, a.shape[-1]).mT.double()
+        yield a.reshape(1, -1, a.shape[-1]).mT
+        return
     X = input_patches(module, a)  # (b, in·k, T)
-    return X.view(len(a), module.groups, -1, X.shape[-1]).movedim(0, 2).flatten(2).double()  # (g, in/g·k, b·T)
+    X = X.view(len(a), module.groups, -1, X.shape[-1])
+    if X.shape[-1] >= POSITIONS:
+        yield from X
+    else:
+        yield X.movedim(0, 2).flatten(2)  # (g, in/g·k, b·T)
 
 
 def input_moments_memory() -> int:

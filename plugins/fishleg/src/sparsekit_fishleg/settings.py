@@ -45,7 +45,7 @@ class FishLegSettings(EstimatorSettings):
     diagnostics: bool = Field(
         False, description="hold out examples, and report for each tensor what `FishLeg.update` says it returns"
     )
-    max_factor: int = Field(8192, ge=1, description="longer sides of a tensor are taken coordinate by coordinate")
+    max_factor: int = Field(5120, ge=1, description="longer sides of a tensor are taken coordinate by coordinate")
     dense_below: int = Field(
         0, ge=0, description="weights of at most so many, of layers with a rule, get one dense block"
     )
