@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsekit.errors import DataError, DegradedWarning, SettingsError
 from sparsekit.machine import available_memory
 from sparsekit.methods.interfaces import measure
+from sparsekit.methods.plain_values import shown
 from sparsekit.methods.schedules import plan
 from sparsekit.problem.likelihoods import Likelihood, Loss, as_likelihood
 from sparsekit.problem.networks import check_kind, copied, without_autocast
@@ -145,7 +146,7 @@ def prune(
     if not callable(evaluation):
         measured = batches if evaluation is None else _ending(evaluation, "evaluation")
         evaluation = partial(measure, likelihood=likelihood, batches=measured)
-    pruner = request.pruner(evaluation)
+    pruner = request.pruner(partial(_metrics, evaluation))
     done = [event for event in pruner.run() if isinstance(event, StepCompleted)]
     mask, dense = pruner.state.mask, pruner.state.dense
     assert mask is not None and dense is not None
@@ -212,6 +213,20 @@ class _Request:
     def anchors(self) -> list[Batch]:
         how, what = self.resolved.settings.reconstruction, ("reconstruction", "reconstruct")
         return _examples(self.batches, how.examples, how.batch_size, lambda available: available, *what)
+
+
+def _metrics(evaluation: Callable[[nn.Module], Metrics], model: nn.Module) -> Metrics:
+    """What `evaluation` measures of the model.
+
+    Raises:
+        DataError: it is no mapping from names to numbers.
+    """
+    found = evaluation(model)
+    try:
+        return {str(name): float(value) for name, value in found.items()}
+    except (AttributeError, TypeError, ValueError):
+        given = shown(found)
+        raise DataError(f"`evaluation` returned {given}; numbers by name were needed: {{'accuracy': 0.9}}") from None
 
 
 def _some(batches: Iterable[Batch], examples: int, batch_size: int) -> Iterator[Batch]:

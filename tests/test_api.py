@@ -240,3 +240,41 @@ def test_as_many_examples_as_there_are_where_nobody_said_how_many():
     with pytest.raises(SparsekitError, match="needs 101 calibration examples"):
         estimator = {"name": "obs", "examples": 101}
         sparsekit.prune(nn.Linear(12, 3), some_data(100), loss="categorical", estimator=estimator)
+
+
+@pytest.mark.parametrize(
+    "loss, place, message",
+    [
+        (nn.NLLLoss(), "weights", "outputs contain NaN"),
+        (nn.CrossEntropyLoss(), "inputs", "inputs of the data's first batch contain NaN"),
+        (nn.HuberLoss(), "targets", "targets of the data's first batch contain NaN"),
+    ],
+)
+def test_nan_is_refused_where_it_is_first(model, data, loss, place, message):
+    inputs, targets = next(iter(data))
+    inputs = inputs.clone()
+    if place == "weights":
+        next(model.parameters()).data.view(-1)[0] = torch.nan
+    elif place == "inputs":
+        inputs.view(-1)[0] = torch.nan
+    else:
+        targets = torch.full_like(model(inputs).detach(), torch.nan)
+    with pytest.raises(SparsekitError, match=message):
+        sparsekit.prune(model, [(inputs, targets)], loss=loss, estimator={"name": "fishleg", "fisher": "empirical"})
+
+
+def test_what_is_no_module_is_refused(data):
+    with pytest.raises(SparsekitError, match=r"the model is of type str; a torch.nn.Module was needed"):
+        sparsekit.prune("resnet50", data, loss="categorical")
+
+
+@pytest.mark.parametrize("given", [0.5, {"accuracy": "high"}, None])
+def test_an_evaluation_that_gives_no_numbers_is_refused(model, data, given):
+    with pytest.raises(SparsekitError, match="`evaluation` returned .* numbers by name were needed"):
+        sparsekit.prune(model, data, loss="categorical", evaluation=lambda network: given)
+
+
+def test_a_single_example_is_too_little_data(model, data):
+    inputs, targets = next(iter(data))
+    with pytest.raises(SparsekitError, match="needs 1024 calibration examples, the data has 1"):
+        sparsekit.prune(model, [(inputs[:1], targets[:1])], loss="categorical")

@@ -21,11 +21,13 @@ _FEW = 4
 
 # -- kinds ---------------------------------------------------------------------------------------------------
 def check_kind(model: nn.Module) -> None:
-    """Refuse modules whose parameters cannot be listed or replaced one by one.
+    """Refuse what is no module, and modules whose parameters cannot be listed or replaced one by one.
 
     Raises:
         ModelError: there is one; the message says what to give instead.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model is of {kind_of(model)}; a torch.nn.Module was needed")
     for name, module in model.named_modules():
         where = f"the module '{name}' ({type(module).__name__})" if name else f"the model, a {type(module).__name__},"
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):

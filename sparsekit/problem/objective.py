@@ -108,14 +108,15 @@ class Objective:
         """Pass one batch through the model and the loss, so that unusable ones are refused before any work.
 
         Raises:
-            DataError: the batch is not a pair of tensors.
+            DataError: the batch is not a pair of tensors, or has NaN among them.
             ModelError: the model fails on it, or its output is not a tensor, or depends on the batch's other examples.
-            CurvatureError: a loss is not finite.
+            CurvatureError: an output is NaN, or a loss not finite.
         """
         check_values(self.model)
         with as_found(self.model), torch.no_grad():
             for inputs, targets in self.on_device():
                 output = outputs(self.model, inputs)
+                _refuse_nan(inputs, targets, output)
                 check_examples_apart(self.model, inputs)
                 losses = self.likelihood.losses(output, targets)
                 if not bool(losses.isfinite().all()):
@@ -221,3 +222,12 @@ def finite_loss(value: float) -> float:
     if math.isnan(value):
         raise CurvatureError("the loss is NaN at the present weights; check the data, the loss and the checkpoint")
     return value
+
+
+def _refuse_nan(inputs: Tensor, targets: Tensor, output: Tensor) -> None:
+    """Refuse NaN where it is first, before a loss makes something else of it. Infinities may be meant, as masks."""
+    for what, values in (("inputs", inputs), ("targets", targets)):
+        if bool(values.isnan().any()):
+            raise DataError(f"the {what} of the data's first batch contain NaN; mend the data")
+    if bool(output.isnan().any()):
+        raise CurvatureError("the model's outputs contain NaN, though its inputs have none; check the checkpoint")

@@ -11,7 +11,6 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -269,9 +268,7 @@ def _computed(model: nn.Module) -> Iterator[tuple[str, str]]:
                 advice = f"call torch.nn.utils.parametrize.remove_parametrizations(layer, '{tensor}')"
                 yield f"{own}parametrizations.{tensor}.", advice
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, BasePruningMethod):
-                yield f"{own}{hook._tensor_name}_orig", "call torch.nn.utils.prune.remove(layer, 'weight')"
-            elif isinstance(hook, WeightNorm):
+            if isinstance(hook, WeightNorm):
                 yield f"{own}{hook.name}_", "call torch.nn.utils.remove_weight_norm(layer)"
             elif isinstance(hook, SpectralNorm):
                 yield f"{own}{hook.name}_orig", "call torch.nn.utils.remove_spectral_norm(layer)"

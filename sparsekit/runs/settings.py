@@ -186,8 +186,9 @@ class ResolvedRun:
         options, how = self.estimator.settings, self.settings.reconstruction
         estimator, most = self.settings.estimator, options.fitting(min(options.examples, available))
         if "examples" not in estimator and 0 < most < options.examples:
-            options = validated(type(options), {**options.model_dump(), "examples": most}, "estimator")
-            estimator = {**estimator, "examples": most}
+            with suppress(SettingsError):  # too few of them: who asks for the examples says so
+                options = validated(type(options), {**options.model_dump(), "examples": most}, "estimator")
+                estimator = {**estimator, "examples": most}
         if how.how != "none" and "examples" not in how.model_fields_set and 0 < available < how.examples:
             how = how.model_copy(update={"examples": available})
         if estimator is self.settings.estimator and how is self.settings.reconstruction:
@@ -307,7 +308,17 @@ def validated(model: type[T], raw: Mapping[str, object], where: str) -> T:
     try:
         return model.model_validate(dict(raw))
     except ValidationError as error:
-        raise SettingsError("; ".join(_sentence(model, item, where) for item in error.errors())) from None
+        raise SettingsError("; ".join(_sentences(model, error.errors(), where))) from None
+
+
+def _sentences(model: type[BaseModel], faults: Sequence[ErrorDetails], where: str) -> list[str]:
+    """A sentence each; those that end in the same list of known settings give it once."""
+    sentences = [_sentence(model, item, where) for item in faults]
+    ends = [sentence.rpartition(" Known: ")[2] for sentence in sentences]
+    return [
+        sentence.removesuffix(f" Known: {end}").removesuffix(".") if end in ends[i + 1 :] else sentence
+        for i, (sentence, end) in enumerate(zip(sentences, ends, strict=True))
+    ]
 
 
 def _sentence(model: type[BaseModel], item: ErrorDetails, where: str) -> str:

@@ -129,3 +129,10 @@ def test_updates_while_fine_tuning_without_any_are_refused():
 def test_a_section_that_is_no_mapping_is_told_what_it_can_be():
     with pytest.raises(SettingsError, match="reconstruction = True is not valid: a mapping .*one word for its 'how'"):
         resolve({"reconstruction": True}, load_registry())
+
+
+def test_what_is_known_is_said_once_for_several_unknown_settings(registry):
+    with pytest.raises(SettingsError) as refused:
+        resolve({"first": 1, "other": 2}, registry)
+    assert str(refused.value).count("Known: ") == 1
+    assert str(refused.value).startswith("there is no setting 'first'; there is no setting 'other'. Known: ")
