@@ -37,3 +37,33 @@ def test_a_run_of_the_readme_is_accepted(command, tmp_path):
 def test_links_lead_to_files(document):
     links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", document.read_text())
     assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def rooms():
+    """Room -> names that the table in docs/architecture.md gives for its modules, {} for single files."""
+    table = (ROOT / "docs" / "architecture.md").read_text().partition("| room |")[2].partition("\n\n")[0]
+    for line in table.splitlines()[2:]:
+        room, modules, _ = line.strip("|").split("|")
+        for name in re.findall(r"`([\w./]+)`", room):
+            yield name, re.findall(r"`(\w+/?)`", modules)
+
+
+def test_every_room_and_module_of_the_architecture_exists():
+    package = ROOT / "sparsekit"
+    missing = [
+        f"{room}{module}"
+        for room, modules in rooms()
+        for module in [*modules, ""]
+        if not any((package / f"{room}{module}{end}").exists() for end in ("", ".py"))
+    ]
+    assert missing == []
+
+
+def test_every_module_stands_in_the_architecture():
+    package, named = ROOT / "sparsekit", {room.rstrip("/"): modules for room, modules in rooms()}
+    folders = {path.name for path in package.iterdir() if (path / "__init__.py").exists()}
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py", "_moved.py"}
+    assert set(named) == folders | files
+    whole = {"curvature", "pruning", "reconstruction", "compare", "registry", "report", "cli"}  # listed one by one
+    for room in whole:
+        assert {path.stem for path in (package / room).glob("*.py")} - {"__init__"} == set(named[room]), room

@@ -9,7 +9,7 @@ from sparsekit.linalg.diagonal import Diagonal
 from sparsekit.linalg.directsum import DirectSum
 from sparsekit.linalg.elimination import check_pivots, eliminate
 from sparsekit.linalg.iterative import ConjugateGradients, conjugate_gradients
-from sparsekit.linalg.kronecker import KroneckerDiagonal, kronecker_product
+from sparsekit.linalg.kronecker import KroneckerDiagonal, kronecker_product, kronecker_sandwich
 from sparsekit.linalg.lowrank import DiagonalPlusLowRank
 from sparsekit.linalg.matrixfree import MatrixFree
 from sparsekit.linalg.operator import ConstrainedMinimum, Iteration, LinearOperator
@@ -35,4 +35,5 @@ __all__ = [
     "conjugate_gradients",
     "eliminate",
     "kronecker_product",
+    "kronecker_sandwich",
 ]

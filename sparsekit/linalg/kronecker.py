@@ -46,6 +46,22 @@ def kronecker_product(factors: Factors, X: Tensor, *, transposed: bool = False) 
     return X
 
 
+def kronecker_sandwich(factors: Factors, q: Tensor, outer: Tensor | None, X: Tensor) -> Tensor:
+    """O (U_1 ⊗ … ⊗ U_m) diag(q) (U_1 ⊗ … ⊗ U_m)ᵀ O X, group by group, for X (n, k); differentiable.
+
+    Args:
+        factors: U_i (g, d_i, d_i), or None for the identity.
+        q: (g, d_1, …, d_m), n entries.
+        outer: diag O, of the same shape; None for O = I.
+        X: (n, k), each column row-major over (g, d_1, …, d_m).
+    """
+    Y = X.mT.reshape(X.shape[1], *q.shape)
+    Y = Y if outer is None else outer * Y
+    Y = kronecker_product(factors, q * kronecker_product(factors, Y, transposed=True))
+    Y = Y if outer is None else outer * Y
+    return Y.reshape(X.shape[1], -1).mT
+
+
 class KroneckerDiagonal(LinearOperator):
     """Σ = O (U_1 ⊗ … ⊗ U_m) diag(q) (U_1 ⊗ … ⊗ U_m)ᵀ O for each of g groups, on row-major arrays (d_1, …, d_m).
 
@@ -66,19 +82,12 @@ class KroneckerDiagonal(LinearOperator):
         self.factors, self.q, self.outer = tuple(factors), q, outer
         self._inverses = self.factors if orthogonal else tuple(None if U is None else _dual(U) for U in factors)
 
-    def _sandwich(self, factors: Factors, q: Tensor, outer: Tensor | None, X: Tensor) -> Tensor:
-        Y = X.mT.reshape(X.shape[1], *q.shape)
-        Y = Y if outer is None else outer * Y
-        Y = kronecker_product(factors, q * kronecker_product(factors, Y, transposed=True))
-        Y = Y if outer is None else outer * Y
-        return Y.reshape(X.shape[1], -1).mT
-
     def _matmul(self, X: Tensor) -> Tensor:
-        return self._sandwich(self.factors, self.q, self.outer, X)
+        return kronecker_sandwich(self.factors, self.q, self.outer, X)
 
     def _solve(self, B: Tensor) -> Tensor:
         outer = None if self.outer is None else self.outer.reciprocal()
-        return self._sandwich(self._inverses, self.q.reciprocal(), outer, B)
+        return kronecker_sandwich(self._inverses, self.q.reciprocal(), outer, B)
 
     @staticmethod
     def _diagonal(factors: Factors, q: Tensor, outer: Tensor | None) -> Tensor:

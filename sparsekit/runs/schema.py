@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sparsekit.reconstruction.fit import LayerFit
+
 #: Incremented with each change of a field's name, meaning or unit; part of every run's identity.
 SCHEMA_VERSION = 1
 
@@ -20,25 +22,11 @@ class _Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", from_attributes=True)
 
 
-class LayerFitRecord(_Schema):
-    """The fit of a layer to its outputs in the dense network, with the fields of `LayerFit`."""
-
-    name: str = Field(description="of the weight, with its rows where only some were fitted at a time")
-    error_before: float = Field(description="relative squared error of its outputs, on the examples fitted")
-    error_after: float = Field(description="the same, afterwards")
-    held_out_before: float = Field(description="the same on examples held out; NaN: none were")
-    held_out_after: float = Field(description="the same, afterwards")
-    iterations: int = Field(ge=0, description="of conjugate gradients; 0 where the solve was direct")
-    residual: float = Field(description="of the normal equations, relative to their right side")
-    seconds: float
-    left: str = Field(default="", description="why it stays as it was; then the errors are NaN")
-
-
 class ReconstructionRecord(_Schema):
     """The results of the reconstruction after a cut."""
 
     increase: float = Field(description="of the mean loss on the calibration examples; mostly negative")
-    layers: list[LayerFitRecord] = Field(description="in the order in which they were fitted")
+    layers: list[LayerFit] = Field(description="in the order in which they were fitted")
     left: dict[str, str] = Field(description="weights that are as the cut left them, and why")
 
 

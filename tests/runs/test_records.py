@@ -11,7 +11,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sparsekit import files
+from sparsekit import checksums, files
 from sparsekit.errors import RecordError
 from sparsekit.files import atomic_write
 from sparsekit.problem.parameters import ParameterSpace
@@ -530,3 +530,23 @@ def test_what_safetensors_was_writing_is_swept_from_checkpoints(run):
     stray.write_bytes(b"half")
     run.checkpoints.save(1, {}, {})
     assert not stray.exists()
+
+
+RECORDS = sorted((Path(__file__).parent / "data").glob("record-*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_records_of_every_schema_stay_readable(path):
+    """`record-N.json` was written by `sparsekit run` when the schema was N; it is never written anew."""
+    record = RunRecord.model_validate_json(checksums.unsealed(path.read_bytes()))
+    assert record.schema_version == int(path.stem.removeprefix("record-"))
+    assert [level.sparsity for level in record.levels] == [0.5, 0.9]
+    assert (
+        record.steps[-1].reconstruction.layers[0].error_after < record.steps[-1].reconstruction.layers[0].error_before
+    )
+    assert record.levels[-1].finetuned["accuracy"] > 0.9
+    assert run_key(record.identity) == record.key
+
+
+def test_the_present_schema_has_a_record():
+    assert f"record-{SCHEMA_VERSION}" in [path.stem for path in RECORDS]

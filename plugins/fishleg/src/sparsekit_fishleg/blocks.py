@@ -16,7 +16,14 @@ from torch import Tensor
 
 from sparsekit import CurvatureError
 from sparsekit.curvature import LayerGradients, RunningSum
-from sparsekit.linalg import BlockDiagonal, Diagonal, KroneckerDiagonal, LinearOperator, kronecker_product
+from sparsekit.linalg import (
+    BlockDiagonal,
+    Diagonal,
+    KroneckerDiagonal,
+    LinearOperator,
+    kronecker_product,
+    kronecker_sandwich,
+)
 from sparsekit_fishleg.structures import Structure, View
 
 #: The sums over a pass, by name.
@@ -186,12 +193,7 @@ class Block:
 
     def product(self, parts: Parts, U: Tensor) -> Tensor:
         """Q U for U (n_l, k), differentiable in what Q consists of."""
-        factors, q, outer = parts
-        X = U.mT.reshape(-1, *self.shape)
-        X = X if outer is None else outer * X
-        X = kronecker_product(factors, q * kronecker_product(factors, X, transposed=True))
-        X = X if outer is None else outer * X
-        return X.reshape(U.shape[1], -1).mT
+        return kronecker_sandwich(parts.factors, parts.q.view(self.shape), parts.outer, U)
 
     def absorb(self, parameters: Mapping[str, Tensor]) -> None:
         """Make trained parameters the state."""
