@@ -1,4 +1,4 @@
-"""Removal: which change of the weights goes with a cut, and what the quadratic model says it costs."""
+"""Removal: the change of the weights in a cut, and its cost by the quadratic model."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Compensation = Literal["joint", "independent", "none"]
 
 @dataclass(frozen=True)
 class Removal:
-    """A cut and the move that goes with it.
+    """The change of the weights in a cut.
 
     Attributes:
         delta: (n,), to be added to the weights; exactly −w on every weight removed now or before.
         increase: ½ δᵀHδ + gᵀδ, the quadratic model's loss increase for this δ, in units of the mean loss.
         iterations: conjugate-gradient iterations of the solve; 0 where it was direct.
         residual: its relative residual; 0 where it was direct.
-        fell_back: whether the joint solve came out worse than no compensation by more than rounding, so that δ moves
-            no survivor.
+        fell_back: whether the joint solution costs more than no compensation, beyond rounding; then δ moves no
+            survivor.
     """
 
     delta: Tensor
@@ -37,7 +37,7 @@ class Removal:
 
 
 class InverseFisher:
-    """Σ ≈ (F + γI)⁻¹ on Rⁿ, as an estimator returns it: an operator and the damping it contains.
+    """Σ ≈ (F + γI)⁻¹ on Rⁿ, the result of an estimator: an operator, and the damping γ in it.
 
     Attributes:
         operator: Σ, with its solve, diagonals and constrained minima.
@@ -91,7 +91,7 @@ class InverseFisher:
 
         Args:
             mask: see above.
-            conditioned: Σ conditioned on this mask, where it is at hand: made anew it is factorised again.
+            conditioned: Σ conditioned on this mask, if the caller has it; it is costly to compute.
 
         Raises:
             CurvatureError: an entry that should be positive is not. Nothing may be ranked by it: negative
@@ -115,7 +115,7 @@ class InverseFisher:
         gradient: Tensor | None = None,
         scale: float = 1.0,
     ) -> Removal:
-        """Remove the chosen weights and move the others as `how` says.
+        """Remove the chosen weights and move the others according to `how`.
 
         With Q = chosen, R = removed before, C = Q ∪ R, S the survivors, t = −w on Q and 0 on R:
 

@@ -55,7 +55,7 @@ def _main(
 
 
 def main() -> None:
-    """Entry point: what a user can mend is one message and exit code 2; a bug shows its traceback."""
+    """Entry point: an error that a user can mend is one message and exit code 2; a bug shows its traceback."""
     with standard_streams() as out:
         code = _done()
         out.flush()
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def _done() -> str | int | None:
-    """Do the command; its exit code."""
+    """Run the command; returns its exit code."""
     try:
         app()
     except SparsekitError as error:

@@ -43,7 +43,7 @@ def compare(
     no_tracking: Annotated[bool, typer.Option("--no-tracking", help="Records on disk only.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop.")] = False,
 ) -> None:
-    """Compare pruning methods under one protocol. What is finished is kept: the same command goes on."""
+    """Compare pruning methods under one protocol. Finished runs are kept: the same command continues."""
     given = _read(file, assignments or [], data_dir, checkpoint, tracking_uri, no_tracking)
     if executor not in EXECUTORS:
         raise SettingsError(f"there is no executor '{executor}'; known: {', '.join(EXECUTORS)}")
@@ -82,7 +82,7 @@ def _read(
     uri: str | None,
     no_tracking: bool,
 ) -> ComparisonSettings:
-    """The file, and over it what the command line gives."""
+    """The file's settings, overridden by those of the command line."""
     task = {key: value for key, value in (("data_dir", data_dir), ("checkpoint", checkpoint)) if value is not None}
     tracking = {**({"uri": uri} if uri else {}), **({"enabled": False} if no_tracking else {})}
     raw = read_config(file)
@@ -94,7 +94,7 @@ def _read(
 
 
 def _work(work: Engine, executor: Callable[[], Executor], again: bool) -> tuple[Comparison, Path, str | None]:
-    """Do it, tell MLflow, write it up; what was found, the report, and what MLflow could not be told."""
+    """Run the comparison, send it to MLflow and write the report; returns the three results."""
     from sparsekit.report import write_report  # matplotlib and scipy: other commands start without them
 
     given, directory, uploader = work.given, work.directory, None
@@ -111,7 +111,7 @@ def _work(work: Engine, executor: Callable[[], Executor], again: bool) -> tuple[
 
 
 def print_sketch(given: ComparisonSettings, sketch: Sketch, workers: int) -> None:
-    """What a comparison would do."""
+    """Print the plan of a comparison."""
     console = terminal(stderr=True)
     axes = list(sketch.points[0].axes)
     varying = [a for a in axes if len({p.axes.get(a) for p in sketch.points}) > 1 or a == "method"]
@@ -133,7 +133,7 @@ def print_sketch(given: ComparisonSettings, sketch: Sketch, workers: int) -> Non
 
 
 def print_outcome(found: Comparison, report: Path, trouble: str | None) -> bool:
-    """What came of it; whether every run is finished."""
+    """Print the results; returns whether every run is finished."""
     console = terminal()
     finished = [run for run in found.plan.runs if found.finished(run)]
     console.print(f"{len(finished)} of {len(found.plan.runs)} runs are finished.")

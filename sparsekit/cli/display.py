@@ -1,4 +1,4 @@
-"""What a person sees: progress on long work, the summary, the preview."""
+"""The output for people: progress of long work, the summary, the preview."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sparsekit.runs.tracking_store import ui_command
 
 
 class ProgressDisplay:
-    """Bars on standard error, and nothing at all where that is no terminal."""
+    """Progress bars on standard error; nothing where that is not a terminal."""
 
     def __init__(self, resolved: ResolvedRun) -> None:
         self._bars = Progress(
@@ -61,7 +61,7 @@ class ProgressDisplay:
 
 
 class Lines:
-    """Progress of many runs: a bar on a terminal, elsewhere a line for each that is done."""
+    """Progress of many runs: a bar on a terminal, elsewhere a line for each finished run."""
 
     def __init__(self) -> None:
         self._bars = Progress(
@@ -119,12 +119,12 @@ def summary(outcome: Outcome) -> dict[str, object]:
 
 
 def finite(value: float) -> float | None:
-    """The value, or None: JSON has neither NaN nor infinity."""
+    """The value, or None for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 def print_summary(outcome: Outcome, as_json: bool = False) -> None:
-    """What a run came to, on standard output."""
+    """Print the results of a run."""
     if as_json:
         sys.stdout.write(json.dumps(summary(outcome), indent=2) + "\n")
         return
@@ -171,7 +171,7 @@ def _figure(metric: str, value: float) -> str:
 
 
 def print_preview(preview: Preview, as_json: bool) -> None:
-    """What a run would do."""
+    """Print what a run would do."""
     space = preview.space
     if as_json:
         plain = {

@@ -1,4 +1,4 @@
-"""`sparsekit mask`: what a mask removes, how far two agree, and one on weights of one's own."""
+"""`sparsekit mask`: show a mask, compare two, or apply one to weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 @mask.command()
 def show(path: Annotated[Path, typer.Argument(metavar="MASK", help=MASK_HELP)], as_json: AsJson = False) -> None:
-    """What a mask removes, by parameter; rows are outputs of a layer, columns its inputs."""
+    """Show what a mask removes, by parameter; rows are a layer's outputs, columns its inputs."""
     counts = count(read_mask(path))
     if as_json:
         rows = {name: {**asdict(each), "sparsity": each.sparsity} for name, each in counts.items()}
@@ -58,7 +58,7 @@ def diff(
     b: Annotated[Path, typer.Argument(metavar="B", help=MASK_HELP)],
     as_json: AsJson = False,
 ) -> None:
-    """How far two masks remove the same weights, beside what two random ones would agree on."""
+    """Compare two masks: the weights that both remove, and the number that two random masks would share."""
     by_name = overlaps(read_mask(a), read_mask(b))
     if as_json:
         rows = {name: _plain(each) for name, each in by_name.items()}

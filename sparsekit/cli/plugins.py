@@ -1,4 +1,4 @@
-"""`sparsekit plugins`: what is installed, what it registers, whether it works."""
+"""`sparsekit plugins`: the installed plugins, what they register, and whether they work."""
 
 from __future__ import annotations
 

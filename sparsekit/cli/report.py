@@ -1,4 +1,4 @@
-"""`sparsekit report`: a comparison's records, written up."""
+"""`sparsekit report`: a report of a comparison from its records."""
 
 from __future__ import annotations
 

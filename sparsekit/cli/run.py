@@ -47,7 +47,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
 ) -> None:
-    """Prune a trained network with second-order information, track it, and report what it cost."""
+    """Prune a trained network with second-order information, track the run, and report its cost."""
     options: dict[str, object] = {
         "preset": preset,
         "estimator": _some(name=estimator),

@@ -1,4 +1,4 @@
-"""The one place where text meets the terminal: as it stands, never as markup, and never at the cost of the work."""
+"""Output to the terminal: text is printed literally, never as markup, and a failure to print never ends the work."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Stream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Pass it on, or remember why not."""
+        """Write the text, or remember why that failed."""
         if self._null is not None:
             self.lost = OSError(errno.EBADF, "it is closed")
         self._try(self._stream.write, text)
@@ -58,7 +58,7 @@ class Stream:
         self._try(self._stream.flush)
 
     def close(self) -> None:
-        """The last of it; the stream itself stays open."""
+        """Flush; the stream itself stays open."""
         self.flush()
         if self._null is not None:
             self._null.close()

@@ -1,4 +1,4 @@
-"""`sparsekit track`: tell MLflow of runs that are finished on disk."""
+"""`sparsekit track`: send finished runs from disk to MLflow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def track(
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow's address; default a SQLite file there.")] = None,
     experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "sparsekit",
 ) -> None:
-    """Tell MLflow of finished runs that it does not know yet: records on disk are the truth, MLflow is a view."""
+    """Send finished runs that MLflow does not have yet; records on disk decide, MLflow only shows them."""
     uri = resolve_uri(tracking_uri, directory)
     told, finished = tell(directory, uri, experiment)
     typer.echo(f"{told} runs were told, of {finished} that are finished. MLflow: {ui_command(uri)}")

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Attention is computed as products and a softmax inside, as it was set afterwards.
+    """Inside, attention uses the unfused kernel; the previous setting is restored on exit.
 
     Fused kernels and the fast path of torch's encoder layers have neither forward-mode derivatives nor batching rules.
     What is set is global: it is not for a generator to hold open.

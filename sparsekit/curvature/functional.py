@@ -1,4 +1,4 @@
-"""Per-example gradients of any parameter by `torch.func`, one example at a time: slow, and right for every layer."""
+"""Per-example gradients of any parameter by `torch.func`, one example at a time: slow, but right for every layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers whose calls are recorded during a pass: their inputs, and the places of their outputs in the graph."""
+"""The layers whose calls are recorded during a pass, with their inputs and the nodes of their outputs in the graph."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def hooked_layers(model: nn.Module, space: ParameterSpace) -> list[HookedLayer]:
 
 
 def record_uses(layers: Sequence[HookedLayer]) -> ExitStack:
-    """While it is open, every call of the layers is noted in their `uses`."""
+    """Inside, every call of the layers is recorded in their `uses`."""
     stack = ExitStack()
     for layer in layers:
         layer.uses.clear()

@@ -79,7 +79,7 @@ def _fitting(module: nn.Module, a: Tensor) -> int:
 
 
 def _columns(module: nn.Module, a: Tensor) -> Iterator[Tensor]:
-    """What a weight sees, (groups, in, ·), in pieces over all examples and positions."""
+    """The inputs of a weight, (groups, in, ·), in pieces over all examples and positions."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         yield a.reshape(1, -1, a.shape[-1]).mT
         return

@@ -1,4 +1,4 @@
-"""How a layer's gradients, by example, follow from its inputs and the gradients of its outputs."""
+"""Rules by which a layer's per-example gradients follow from its inputs and the gradients of its outputs."""
 
 from __future__ import annotations
 

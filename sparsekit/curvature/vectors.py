@@ -1,4 +1,4 @@
-"""What is propagated back from the outputs: vectors whose second moment is the loss's curvature in them."""
+"""The vectors that are propagated back from the outputs; their second moment is the loss's curvature in these."""
 
 from __future__ import annotations
 

@@ -63,8 +63,7 @@ def eliminate(sigma: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
             diagonal.addcmul_(factor[:, k], factor[:, k], value=-1)
             weights[block, i] = torch.inf  # not chosen again
             diagonal[block, i] = 1.0
-            left[block, i] = kept[block, i] = True
-            left[block, i] = False
+            kept[block, i], left[block, i] = True, False
         check_pivots(smallest)
         if not (remain := count - first - panel):
             break

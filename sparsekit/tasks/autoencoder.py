@@ -56,7 +56,7 @@ class MnistAutoencoder(Task[AutoencoderSettings]):
             return Autoencoder()
 
     def model(self) -> nn.Module:
-        """From `checkpoint`, else from the cache, else trained here (a quarter of an hour)."""
+        """The network with the weights of `checkpoint`, else from the cache, else trained (a quarter of an hour)."""
         return dense_network(
             self, self._cached_network, lambda model: train(model, self, RECIPE, self._cached_network())
         )
@@ -78,7 +78,7 @@ class MnistAutoencoder(Task[AutoencoderSettings]):
         return MappedBatches(batches, lambda pixels, _: (pixels.flatten(1), pixels.flatten(1)))
 
     def fingerprint(self) -> str:
-        """Of all pixels in their order, however they are packed."""
+        """A hash of all pixels in their order, whatever the files' format."""
         return self._files.digest("train", "t10k", labels=False)
 
     def measure(self, model: nn.Module, split: Split) -> dict[str, float]:

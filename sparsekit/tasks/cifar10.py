@@ -88,7 +88,7 @@ class Cifar10(Task[Cifar10Settings]):
             return resnet(int(self.settings.architecture.removeprefix("resnet")))
 
     def model(self) -> nn.Module:
-        """From `checkpoint`; ResNet-18 else from the cache, else trained here.
+        """The network with the weights of `checkpoint`; a ResNet-18 without one is read from the cache, or trained.
 
         That is for a GPU: an epoch takes 17 minutes on one core.
         """
@@ -105,7 +105,7 @@ class Cifar10(Task[Cifar10Settings]):
         return cached_network(self, f"{self.name}-resnet18-v{RECIPE_VERSION}", recipe, digest)
 
     def size(self, split: Split) -> int:
-        """Read from the files' headers where they have one."""
+        """From the files' headers where they have one."""
         file: File = "train" if split == "train" else "test"
         if self._parquet and file not in self._decoded:
             count = sum(_rows(path) for path in self._files(file))
@@ -124,7 +124,7 @@ class Cifar10(Task[Cifar10Settings]):
         )
 
     def fingerprint(self) -> str:
-        """Of the contents of all data files, in name order."""
+        """A hash of the contents of all data files, in the order of their names."""
         digest = hashlib.sha256()
         for path in (*self._files("train"), *self._files("test")):
             digest.update(path.name.encode())

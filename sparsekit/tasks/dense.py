@@ -1,4 +1,4 @@
-"""Dense networks that tasks train themselves: kept in the cache, trained with interruptions."""
+"""Dense networks that tasks train themselves. They are cached, and an interrupted training is continued."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ SAVE_EVERY = 120.0
 
 
 def check_checkpoint(path: str | None, *, trains: bool = True) -> None:
-    """Refuse a checkpoint that is no file; `trains`: without one, the task trains its network.
+    """Refuse a checkpoint that is not a file.
+
+    Args:
+        path: of the checkpoint; None where none was given.
+        trains: whether the task trains its network where none is given.
 
     Raises:
-        DataError: there is none where the path says.
+        DataError: there is no file at the path.
     """
     if path is not None and not Path(path).is_file():
         raise DataError(f"there is no checkpoint file '{path}'{'; leave it out to train one' if trains else ''}")
@@ -47,11 +51,11 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """For a cached network's name, so that a changed recipe is never answered by an old network."""
+        """Part of a cached network's file name, so that a network trained by another recipe is never used."""
         return hashlib.sha256(repr(asdict(self)).encode()).hexdigest()[:8]
 
     def optimiser(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Of all parameters."""
+        """The optimiser of all of the model's parameters."""
         return torch.optim.AdamW(model.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
 
 
@@ -71,18 +75,18 @@ class MomentumRecipe(Recipe):
         )
 
 
-#: What residual networks of small images are trained by in the literature; tasks set the epochs.
+#: The usual recipe for residual networks on small images; tasks set the number of epochs.
 RESIDUAL = MomentumRecipe(epochs=100, learning_rate=0.1, batch_size=128, weight_decay=5e-4)
 
 
 def cached_network(task: Task, name: str, recipe: Recipe, data: str) -> Path:
-    """Where a dense network lies.
+    """The path of a dense network in the cache.
 
     Args:
         task: its seed is part of the file's name.
-        name: of task and architecture, with a version that is raised with a change of it.
+        name: of task and architecture, with a version that is raised when either changes.
         recipe: part of the file's name.
-        data: a hash of the training examples: other data in the same format have networks of their own.
+        data: a hash of the training examples, so that other data in the same format have their own network.
     """
     return cache_directory() / f"{name}-{recipe.hash}-{data[:8]}-seed{task.settings.seed}.safetensors"
 
@@ -100,8 +104,8 @@ def dense_network(task: Task, cached: Callable[[], Path], train: Callable[[nn.Mo
     path = cached()
     try:
         load_checkpoint(model, path)
-    except DataError:  # not there yet, or not whole
-        with into_cache(path) as temporary:  # a cache that cannot be written is said before training
+    except DataError:  # it does not exist yet, or is damaged
+        with into_cache(path) as temporary:  # fails before training where the cache cannot be written
             train(model.to(task.device))
             save_file(model.cpu().state_dict(), temporary)
         _unfinished(path).unlink(missing_ok=True)
@@ -111,9 +115,9 @@ def dense_network(task: Task, cached: Callable[[], Path], train: Callable[[nn.Mo
 def train(model: nn.Module, task: Task, recipe: Recipe, cached: Path) -> None:
     """Train in place on the task's training examples; an interruption loses `SAVE_EVERY` seconds at most.
 
-    What is drawn is drawn anew from the seed and the epoch or step, so that going on equals never having stopped.
-    After each epoch and every so many seconds the weights and the optimiser's state are put beside `cached`, until
-    `dense_network` has written that.
+    All random numbers follow from the seed and the epoch or step, so that a continued training equals an uninterrupted
+    one. After each epoch, and every `SAVE_EVERY` seconds, the weights and the optimiser's state are written beside
+    `cached`; `dense_network` deletes them at the end.
 
     Raises:
         CurvatureError: the loss is not finite.
@@ -144,16 +148,16 @@ def _batches(task: Task, recipe: Recipe, epoch: int, *, steps: int, begun: int) 
     generator = torch.Generator().manual_seed(seed * recipe.epochs + epoch)
     batches = task.batches("train", batch_size=recipe.batch_size, generator=generator, augment=True)
     for done, batch in enumerate(batches, epoch * steps):
-        if done >= begun:  # earlier ones are drawn all the same: the next ones follow from the generator's state
+        if done >= begun:  # earlier ones are drawn too, because the generator's state depends on them
             torch.manual_seed(seed * recipe.epochs * steps + done)
             yield batch
 
 
 def _go_on(unfinished: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    """Steps that an interrupted training has done, its state restored; 0 where there is none."""
+    """Restore an interrupted training and return the number of its steps; 0 without one."""
     try:
         state: dict[str, Any] = torch.load(unfinished, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # not there, or not whole
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # it does not exist, or is damaged
         return 0
     if "steps" not in state:  # of a version that counted epochs
         return 0

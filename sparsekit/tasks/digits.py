@@ -50,7 +50,7 @@ class Digits(Task[TaskSettings]):
             return DigitsNet()
 
     def model(self) -> nn.Module:
-        """From `checkpoint`, else from the cache, else trained here (some seconds)."""
+        """The network with the weights of `checkpoint`, else from the cache, else trained (some seconds)."""
         return dense_network(self, self._cached_network, self._train)
 
     def _cached_network(self) -> Path:
@@ -99,6 +99,6 @@ class Digits(Task[TaskSettings]):
         return ImageBatches(images, labels, mean=(0.306,), std=(0.376,), **without_augmentation(how))
 
     def fingerprint(self) -> str:
-        """Of all pixels and labels in their order."""
+        """A hash of all pixels and labels in their order."""
         images, labels = self._arrays
         return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Images that lie one file each in folders: told apart by their files, decoded as they are asked for."""
+"""Images in folders, a file each; decoded when they are needed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sparsekit.errors import DataError
 from sparsekit.problem.objective import Batch
 from sparsekit.tasks.images import IMAGENET_MEAN, IMAGENET_STD, Order
 
-#: What a data loader is asked for: the file's number, and the seed of its augmentation where there is one.
+#: The index of a file, and the seed of its augmentation if there is any.
 Key = tuple[int, int | None]
-#: A file and its label; no Path, of which a million take a gigabyte.
+#: A file and its label; a string, because a million Path objects take a gigabyte.
 Sample = tuple[str, int]
 
 
 def file_digest(root: Path, files: Iterable[str], *, times: bool = False) -> str:
-    """A hash of the files' paths below `root` and their sizes, not of what is in them; with `times`, of when too."""
+    """A hash of the files' paths below `root` and sizes, with `times` also of their times; not of their content."""
     digest = hashlib.sha256()
     for path in files:
         found = os.stat(path)
@@ -37,17 +37,17 @@ def file_digest(root: Path, files: Iterable[str], *, times: bool = False) -> str
 class FolderBatches:
     """Batches of 224 × 224 images decoded on the fly; can be iterated over again.
 
-    As stored, an image's shorter side becomes 256 pixels and its centre is cut out; augmented, a random part of it is
-    scaled and mirrored at random, as is usual for ImageNet. What is drawn for an image does not depend on `workers`.
+    Without augmentation, the shorter side becomes 256 pixels and the centre is cropped; with it, a random crop is
+    scaled and mirrored at random, as is usual for ImageNet. An image's random numbers do not depend on `workers`.
 
     Args:
         samples: image files and their labels.
         batch_size, limit, generator: see `Order`.
         augment: needs the generator.
-        workers: processes that decode; 0: this one does.
+        workers: processes that decode; 0: this process decodes.
 
     Raises:
-        DataError: at iteration, an image that cannot be decoded.
+        DataError: during iteration, if an image cannot be decoded.
     """
 
     def __init__(
@@ -88,9 +88,9 @@ class FolderBatches:
 
 
 class _Images(Dataset[Any]):
-    """Decoded and transformed images with labels; in place of one that is damaged, the error that says so.
+    """Decoded and transformed images with labels; for a damaged image, the error is returned.
 
-    Raised in a worker, the error would come out with the worker's traceback for a message.
+    An error raised in a worker would have the worker's traceback as its message.
     """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
@@ -122,7 +122,7 @@ def _collate(found: list[tuple[Tensor, int] | DataError]) -> object:
 
 
 def decode(path: str) -> Any:
-    """The image in RGB, as PIL has it.
+    """The image in RGB, a PIL image.
 
     Raises:
         DataError: it cannot be decoded.

@@ -95,7 +95,7 @@ class ImageNet(Task[ImageNetSettings]):
             return network
 
     def model(self) -> nn.Module:
-        """With the checkpoint's weights, or torchvision's."""
+        """The network with the checkpoint's weights, or torchvision's."""
         model = self.network()
         if self.settings.checkpoint is not None:
             load_checkpoint(model, Path(self.settings.checkpoint))
@@ -127,14 +127,14 @@ class ImageNet(Task[ImageNetSettings]):
         return state
 
     def size(self, split: Split) -> int:
-        """Files are listed, not read."""
+        """The number of examples; files are listed, not read."""
         return len(self._samples(split))
 
     def batches(self, split: Split, **how: Unpack[Batching]) -> FolderBatches:
         return FolderBatches(self._samples(split), workers=self.settings.workers, **how)
 
     def fingerprint(self) -> str:
-        """Of the image files' names, classes and sizes, not of their contents: those are 150 GB."""
+        """A hash of the image files' names, classes and sizes, not of their 150 GB of contents."""
         digests = [file_digest(self._root, (path for path, _ in self._files(f))) for f in ("train", "val")]
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Images in memory, batch by batch; and where tasks cache what is costly to make."""
+"""Batches of images in memory, and the cache of tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparsekit.files import replacing
 from sparsekit.methods.interfaces import Split
 from sparsekit.problem.objective import Batch
 
-#: By channel, of pixels scaled to [0, 1]; what networks of natural images are trained with, whatever the set.
+#: Mean and standard deviation by channel, of pixels scaled to [0, 1]; usual for all sets of natural images.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -27,16 +27,16 @@ def cache_directory() -> Path:
 
 
 def part(split: Split) -> slice:
-    """Of the file that a split is read from: all training examples, the even or the odd test examples."""
+    """The rows of a split in its file: all training examples, or the even or odd test examples."""
     return {"train": slice(None), "tuning": slice(0, None, 2), "reporting": slice(1, None, 2)}[split]
 
 
 @contextmanager
 def into_cache(path: Path) -> Iterator[Path]:
-    """A temporary file in the cache: what is written there takes the place of `path`, or vanishes.
+    """A temporary file in the cache, which replaces `path` on exit and is deleted after an error.
 
     Raises:
-        DataError: the cache cannot be written; said on entering where the folder is at fault.
+        DataError: the cache cannot be written; raised on entry where the folder cannot be used.
     """
     try:
         with replacing(path) as temporary:
@@ -49,7 +49,7 @@ def into_cache(path: Path) -> Iterator[Path]:
 
 
 class Batching(TypedDict, total=False):
-    """What `Task.batches` is told beside the split, where a task hands it on as it is."""
+    """The arguments of `Task.batches` beside the split."""
 
     batch_size: Required[int]
     limit: int | None
@@ -58,18 +58,18 @@ class Batching(TypedDict, total=False):
 
 
 def without_augmentation(how: Batching) -> Batching:
-    """The same for a task that has none: whether it is asked for makes no difference."""
+    """The same for a task without augmentation, which ignores the argument."""
     return {**how, "augment": False}
 
 
 class Order:
-    """Which examples a pass takes, batch by batch; can be iterated over again.
+    """The indices of a pass, batch by batch; can be iterated over again.
 
     Args:
         count: of all examples.
         batch_size: the last batch may be short.
-        limit: at most so many; with a generator a random subset, drawn here and in the same order ever after.
-        generator: on the CPU; without `limit` the order is drawn anew at each iteration.
+        limit: largest number of examples; with a generator a random subset in a random order, both fixed here.
+        generator: on the CPU; without `limit` each iteration draws a new order. None: the order of the data.
     """
 
     def __init__(self, count: int, *, batch_size: int, limit: int | None, generator: torch.Generator | None) -> None:
@@ -89,7 +89,7 @@ class Order:
 
     def __iter__(self) -> Iterator[Tensor]:
         order = self._drawn() if self._fixed is None else self._fixed
-        if len(order):  # else torch gives one part without examples
+        if len(order):  # torch splits an empty tensor into one empty part
             yield from order.split(self._batch_size)
 
 
@@ -134,7 +134,7 @@ class ImageBatches:
             yield (pixels.float() / 255 - self._mean) / self._std, self._labels[indices]
 
     def _shifted(self, pixels: Tensor) -> Tensor:
-        """Zero padding, a random crop of the old size, with `mirror` a mirror image for every other image."""
+        """Zero padding, a random crop of the old size and, with `mirror`, a mirror image with probability ½."""
         p, (count, _, height, width) = self._padding, pixels.shape
         padded = torch.nn.functional.pad(pixels, (p, p, p, p))
         top, left = torch.randint(0, 2 * p + 1, (2, count, 1, 1, 1), generator=self._generator)

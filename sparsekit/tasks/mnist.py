@@ -52,7 +52,7 @@ class Mnist(Task[MnistSettings]):
             return lenet(self.settings.architecture)
 
     def model(self) -> nn.Module:
-        """From `checkpoint`, else from the cache, else trained here (a few minutes)."""
+        """The network with the weights of `checkpoint`, else from the cache, else trained (a few minutes)."""
         return dense_network(
             self, self._cached_network, lambda model: train(model, self, RECIPE, self._cached_network())
         )
@@ -75,7 +75,7 @@ class Mnist(Task[MnistSettings]):
         )
 
     def fingerprint(self) -> str:
-        """Of all pixels and labels in their order, however they are packed."""
+        """A hash of all pixels and labels in their order, whatever the files' format."""
         return self._files.digest("train", "t10k", labels=True)
 
 

@@ -92,7 +92,7 @@ class TinyImageNet(Task[TinyImageNetSettings]):
             return resnet18(len(self._classes))
 
     def model(self) -> nn.Module:
-        """From `checkpoint`, else from the cache, else trained here (for a GPU: eight times CIFAR-10's work)."""
+        """The network with the weights of `checkpoint`, else from the cache, else trained (for a GPU)."""
         recipe = replace(RESIDUAL, epochs=self.settings.epochs)
         return dense_network(
             self,
@@ -104,7 +104,7 @@ class TinyImageNet(Task[TinyImageNetSettings]):
         return cached_network(self, f"{self.name}-resnet18-v{RECIPE_VERSION}", recipe, self._digest("train"))
 
     def size(self, split: Split) -> int:
-        """Files are listed, not read."""
+        """The number of examples; files are listed, not read."""
         return len(self._samples(_folder(split))[part(split)])
 
     def batches(self, split: Split, **how: Unpack[Batching]) -> ImageBatches:
@@ -118,7 +118,7 @@ class TinyImageNet(Task[TinyImageNetSettings]):
         )
 
     def fingerprint(self) -> str:
-        """Of all labels and of the image files' names and sizes, not of their contents."""
+        """A hash of all labels and of the image files' names and sizes, not of their contents."""
         return hashlib.sha256((self._digest("train") + self._digest("val")).encode()).hexdigest()
 
     def _digest(self, folder: Folder) -> str:

@@ -1,4 +1,4 @@
-"""What a check is given, and how it compares."""
+"""The case that a check is given, and its comparisons."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Case:
     solve_tolerance: float = 1e-2
 
     def objective(self) -> Objective:
-        """The problem, anew."""
+        """A new instance of the problem."""
         return problem(self.problem)
 
     def made(self, objective: Objective, **changes: object) -> CurvatureEstimator:
@@ -112,7 +112,7 @@ def assert_near(what: str, found: Tensor, truth: Tensor, tolerance: float) -> No
 
 
 def assert_identical(what: str, found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
-    """Fail unless both hold the same names and bitwise the same tensors."""
+    """Fail unless both have the same names and bitwise equal tensors."""
     if found.keys() != truth.keys():
         odd = sorted(found.keys() ^ truth.keys())
         raise AssertionError(f"{what}: {', '.join(odd)} on one side only")

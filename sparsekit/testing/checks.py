@@ -1,4 +1,4 @@
-"""The checks that every curvature estimator must pass, and how they meet an estimator."""
+"""The checks that every curvature estimator must pass, and how they are applied to one."""
 
 from __future__ import annotations
 

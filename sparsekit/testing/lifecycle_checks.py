@@ -1,4 +1,4 @@
-"""Checks of how an estimator behaves: what it reads, keeps, leaves alone and refuses.
+"""Checks of an estimator's behaviour: what it reads, keeps, leaves unchanged and refuses.
 
 Each takes a Case and raises AssertionError with what is wrong and by how much.
 """
@@ -114,7 +114,7 @@ def check_resume(case: Case) -> None:
 
 
 def check_adopt(case: Case) -> None:
-    """What another damping's update left behind serves as well as an update of one's own, bitwise, where adopted."""
+    """Adopting the state of an update at another damping equals an update of one's own, bitwise."""
     objective = case.objective()
     own = case.updated(objective)
     for factor in (1.0, 3.0, 1e9):
@@ -132,7 +132,7 @@ def check_adopt(case: Case) -> None:
 
 
 def check_shrink(case: Case) -> None:
-    """After `shrink` Σ still serves: before and after a refresh it cuts again, and the full mask brings it back."""
+    """After `shrink` Σ can be used: for another cut before and after a refresh, and again with the full mask."""
     objective = case.objective()
     cut = _second_cut(objective)
     estimator = case.updated(objective)
@@ -148,7 +148,7 @@ def check_shrink(case: Case) -> None:
 
 
 def _stored(estimator: CurvatureEstimator) -> dict[str, Tensor]:
-    """The state as a file would give it back: copies, contiguous."""
+    """The state as it is read from a file: contiguous copies."""
     state = estimator.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -244,7 +244,7 @@ def _in_single_precision(objective: Objective) -> Objective:
 
 # -- examples ------------------------------------------------------------------------------------------------
 def check_order_of_examples(case: Case) -> None:
-    """Other batches of the same examples, or in another order, change nothing but rounding."""
+    """The same examples in other batches or another order give the same Σ up to rounding."""
     batches = [*case.objective().batches]
     inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     for kind in case.deterministic_kinds():
@@ -254,7 +254,7 @@ def check_order_of_examples(case: Case) -> None:
 
 
 def check_mean_over_examples(case: Case) -> None:
-    """Examples given twice change nothing, a single one neither: the Fisher is a mean, as the loss is."""
+    """Examples given twice give the same Σ, because the Fisher is a mean, as the loss is; also a single example."""
     batches = [*case.objective().batches]
     single = [(batches[0][0][:1], batches[0][1][:1])]
     for kind in case.deterministic_kinds():
@@ -321,7 +321,7 @@ def check_model_is_left_as_found(case: Case) -> None:
 
 
 def _tensors_around(objective: Objective) -> dict[str, Tensor]:
-    """Copies of the tensors that an estimator can reach and must leave alone, by what they are."""
+    """Copies of the tensors that an estimator must leave unchanged, by description."""
     found = {"the state of torch's global generator": torch.get_rng_state()}
     for name, parameter in objective.model.named_parameters():
         found[f"parameter '{name}'"] = parameter.detach().clone()
@@ -335,7 +335,7 @@ def _tensors_around(objective: Objective) -> dict[str, Tensor]:
 
 
 def _flags_around(objective: Objective) -> dict[str, object]:
-    """What else it must leave alone, by what it is."""
+    """Other states that it must leave unchanged, by description."""
     found: dict[str, object] = {
         "the state of Python's global generator": random.getstate(),
         "torch's gradient mode": torch.is_grad_enabled(),

@@ -1,4 +1,4 @@
-"""Dense references in float64: slow, obvious, and without a line in common with what they judge.
+"""Dense references in float64: slow, simple, and without code in common with what they judge.
 
 Derivatives come from `torch.func` on the network as it stands, one example at a time; the losses are written out
 here; everything else is dense linear algebra. For tests, on networks of at most a few thousand weights.

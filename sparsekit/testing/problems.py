@@ -1,4 +1,4 @@
-"""Tiny objectives in float64, one for each way in which a network can be put together."""
+"""Tiny objectives in float64, one for each kind of network."""
 
 from __future__ import annotations
 

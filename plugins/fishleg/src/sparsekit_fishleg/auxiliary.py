@@ -29,7 +29,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Fit:
-    """How a fit went.
+    """The results of a fit.
 
     Attributes:
         steps: auxiliary steps taken, those undone by a back-off among them.
@@ -53,7 +53,7 @@ def fit(
     generator: torch.Generator,
     like: Tensor,
 ) -> Fit:
-    """Take up to `auxiliary_steps`; the blocks end in the best state that the held-out residual saw.
+    """Take up to `auxiliary_steps`; the blocks end in the state with the lowest held-out residual.
 
     Every `check_every` steps the held-out residual is measured. Above twice that of the start, everything after the
     best state is undone, the step is halved and Adam's moments are dropped; undone steps do not count. Two
@@ -165,7 +165,7 @@ class AuxiliaryProblem:
             return float((r * self._product(Q, r)).sum() / (u * self._product(Q, u)).sum())
 
     def step(self, parameters: Parameters, optimiser: torch.optim.Adam, fisher: FisherProduct) -> None:
-        """One step of Adam's."""
+        """One step of Adam."""
         u = self.draw()
         with torch.enable_grad():  # whatever the caller's mode
             Q = self._parts(parameters)
@@ -207,7 +207,7 @@ class AuxiliaryProblem:
 def _adam(
     parameters: Parameters, learning_rate: float, moments: Sequence[Mapping[str, Tensor]] | None = None
 ) -> torch.optim.Adam:
-    """Adam, going on from `moments` where they are given; these are copied, for Adam writes in place."""
+    """Adam, continued from `moments` if there are any; they are copied, because Adam writes in place."""
     optimiser = torch.optim.Adam([t for layer in parameters for t in layer.values()], lr=learning_rate)
     for layer, known in zip(parameters, moments or [], strict=bool(moments)):
         for name, t in layer.items():
@@ -218,7 +218,7 @@ def _adam(
 
 
 def _moments(parameters: Parameters, optimiser: torch.optim.Adam) -> list[dict[str, Tensor]]:
-    """Copies of what Adam keeps, by block: {parameter}.{quantity}."""
+    """Copies of Adam's moments, by block: {parameter}.{quantity}."""
     return [
         {f"{name}.{key}": optimiser.state[t][key].clone() for name, t in layer.items() for key in _MOMENTS}
         for layer in parameters

@@ -1,4 +1,4 @@
-"""One tensor's share of Q: how it starts, its product as a function of its parameters, and its operator.
+"""The part of Q of one tensor: its start, its product as a function of its parameters, and its operator.
 
 The weights are `groups` arrays of shape (d_1, …, d_m) (see `structures`), and so are the gradient rows G_n. Q acts on
 each array as O (U_1 ⊗ … ⊗ U_m) diag(q) (U_1 ⊗ … ⊗ U_m)ᵀ O, with U_i the identity for modes without a factor, and
@@ -34,7 +34,7 @@ RANK_ONE = ("kronecker", "outer")
 
 
 class Parts(NamedTuple):
-    """What Q of a tensor consists of: U_i by mode, q, and the diagonal of O, None for the identity."""
+    """The components of a tensor's Q: U_i by mode, q, and the diagonal of O, None for the identity."""
 
     factors: list[Tensor | None]
     q: Tensor
@@ -83,7 +83,7 @@ class Block:
         return [i for i, known in enumerate(self.view.factored) if known]
 
     def _factors(self, kind: str = "factor") -> list[Tensor | None]:
-        """U_i by mode; the eigenvectors where that is what it is, or where they are asked for."""
+        """U_i by mode; for structures without factors of their own the eigenvectors."""
         return [
             self.state.get(f"{kind}{i}", self.state[f"basis{i}"]) if known else None
             for i, known in enumerate(self.view.factored)
@@ -105,7 +105,7 @@ class Block:
         gradients.add_moments(self.shape, {i: totals[f"moment{i}"] for i in self.factored})
 
     def set_bases(self, totals: Totals, count: int, decay: float, dtype: torch.dtype) -> None:
-        """Mix the sums over `count` examples into what is known and diagonalise; the sums are used up."""
+        """Mix the sums over `count` examples into the moments and diagonalise these; the sums are used up."""
         turns: list[Tensor | None] = [None] * len(self.view.modes)
         for i in self.factored:
             old, moment = self.state.get(f"basis{i}"), totals.pop(f"moment{i}").mean(count)
@@ -192,7 +192,7 @@ class Block:
         return Parts(factors, q, parameters["log_outer"].exp() if "log_outer" in parameters else None)
 
     def product(self, parts: Parts, U: Tensor) -> Tensor:
-        """Q U for U (n_l, k), differentiable in what Q consists of."""
+        """Q U for U (n_l, k), differentiable in the components of Q."""
         return kronecker_sandwich(parts.factors, parts.q.view(self.shape), parts.outer, U)
 
     def absorb(self, parameters: Mapping[str, Tensor]) -> None:
@@ -236,5 +236,5 @@ class Block:
 
     @property
     def factor_sizes(self) -> list[int]:
-        """Numbers in the factor of each mode that has one."""
+        """The number of entries in each factor."""
         return [self.view.groups * self.view.modes[i] ** 2 for i in self.factored]

@@ -1,4 +1,4 @@
-"""How well Q fits, tensor by tensor, on examples it has not seen."""
+"""The quality of Q, tensor by tensor, on held-out examples."""
 
 from __future__ import annotations
 

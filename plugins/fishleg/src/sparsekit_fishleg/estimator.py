@@ -120,7 +120,7 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
             block.closed_form(self._fitted)
 
     def _measure_trace(self, objective: Objective, generator: torch.Generator, like: Tensor) -> None:
-        """The damping, and with it the start of Q = I/γ, from one pass."""
+        """Measure the trace of F in one pass; at first, set the damping γ and start from Q = I/γ."""
         totals: Totals = defaultdict(RunningSum)
         for gradients in self._gradients(objective, generator):
             for name, one in gradients.items():
@@ -156,7 +156,7 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
         return layer_gradients(objective, self.settings.fisher, generator=generator)
 
     def inverse(self, damping: float | None = None) -> InverseFisher:
-        """Q; at another damping, the curvature 1/q − γ that it stands for is damped anew."""
+        """Q; at another damping, the curvature 1/q − γ with that damping instead."""
         if self._fitted is None:
             raise CurvatureError("the estimator has seen no examples; call update first")
         gamma = self._fitted if damping is None else damping
@@ -188,12 +188,12 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
 
     @classmethod
     def statistics(cls, settings: FishLegSettings) -> Mapping[str, object]:
-        """With the damping too, where Q was fitted at it and not only closed in it."""
+        """Includes the damping where Q depends on it by more than the closed form."""
         closed = settings.start == "eigenbasis" and not (settings.auxiliary_steps or settings.diagnostics)
         return super().statistics(settings) if closed else settings.model_dump(mode="json")
 
     def adopt(self, state: Mapping[str, Tensor]) -> bool:
-        """Moments and bases are taken over as they are; Q is closed anew where the damping is another one."""
+        """Take over moments and bases; at another damping compute Q in closed form again."""
         self.load_state_dict(state)
         gamma = self.resolve_damping(None, self._mean_diagonal)
         if gamma != self._fitted:
@@ -204,7 +204,7 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
 
     @classmethod
     def check(cls, model: nn.Module, space: ParameterSpace, settings: FishLegSettings, available: Memory) -> None:
-        """Also refuse a calibration set of which nothing is left to learn from once a share is held out."""
+        """Also refuse a calibration set that is held out as a whole."""
         count = -(-settings.examples // settings.batch_size)
         held = settings.held_out_batches(count)
         if held and held >= count:
@@ -218,10 +218,10 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
 
     @classmethod
     def describe(cls, space: ParameterSpace, settings: FishLegSettings) -> Mapping[str, str]:
-        """The factors of each tensor's share of Q, ⊗ between its modes; see `structures`."""
+        """The factors of each tensor's part of Q, with ⊗ between its modes; see `structures`."""
         return {info.name: str(b.view) for info, b in zip(space.parameters, blocks_of(space, settings), strict=True)}
 
     @classmethod
     def memory(cls, space: ParameterSpace, settings: FishLegSettings) -> int:
-        """Bytes of the state and of the largest that an update or the inverse takes besides; see `memory`."""
+        """Bytes of the state, and of the larger of an update and the inverse; see `memory`."""
         return peak_bytes(space, settings)

@@ -1,4 +1,4 @@
-"""What an estimate takes in memory, and the structures that fit into a bound."""
+"""The memory of an estimate, and the structures that fit into a bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be set of FishLeg."""
+"""The settings of FishLeg."""
 
 from __future__ import annotations
 
@@ -66,6 +66,6 @@ class FishLegSettings(EstimatorSettings):
         return self.refresh == "auxiliary" and self.auxiliary_steps > 0
 
     def held_out_batches(self, batches: int) -> int:
-        """How many of the calibration batches judge Q: none where nobody asks for a judgement."""
+        """The number of calibration batches that are held out to judge Q; 0 where nothing is judged."""
         judged = self.auxiliary_steps or self.diagnostics
         return max(1, round(self.held_out * batches)) if judged else 0

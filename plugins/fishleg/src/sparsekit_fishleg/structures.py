@@ -1,4 +1,4 @@
-"""How the weights of a tensor are seen by their share of Q: as arrays with modes, by the kind of layer.
+"""The arrays, with one factor of Q for each mode, that a tensor is viewed as, by the kind of layer.
 
 A layer of your own is taught in a few lines, before the estimator is made:
 
@@ -26,7 +26,7 @@ Structure = Literal["eigenbasis", "kronecker", "outer", "frozen", "three-factor"
 
 @dataclass(frozen=True)
 class View:
-    """A tensor as `groups` arrays, independent of one another, with a factor of Q for each mode.
+    """A tensor viewed as `groups` independent arrays, with a factor of Q for each mode.
 
     Attributes:
         groups: how many arrays the tensor is cut into, in row-major order.
@@ -84,13 +84,13 @@ def _outputs_by_inputs(info: ParameterInfo) -> View:
 
 @structure_of(nn.Embedding)
 def _tokens_by_features(info: ParameterInfo) -> View:
-    """A token's gradients are zero but where it occurs, so that tokens hardly couple: no factor for them."""
+    """A token's gradients are zero where it does not occur, so tokens hardly couple and have no factor."""
     return View(1, info.shape, (False, True))
 
 
 @structure_of(nn.MultiheadAttention)
 def _projections(info: ParameterInfo) -> View:
-    """The packed weight (3·out, in) is three projections; separate ones are as they are."""
+    """A packed weight (3·out, in) is three projections in a row; separate ones are single matrices."""
     packed = 3 if info.name.endswith("in_proj_weight") else 1
     return View(packed, (info.shape[0] // packed, prod(info.shape[1:])))
 

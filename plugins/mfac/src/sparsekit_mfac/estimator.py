@@ -1,4 +1,4 @@
-"""M-FAC, static: (γI + GᵀG/m)⁻¹ from m gradient rows, never formed."""
+"""Static M-FAC: (γI + GᵀG/m)⁻¹ from m gradient rows, without forming it."""
 
 from __future__ import annotations
 

@@ -76,11 +76,11 @@ class LayerwiseSurgeon(CurvatureEstimator[LayerwiseSettings]):
 
     @classmethod
     def unit(cls, settings: LayerwiseSettings) -> Literal["loss", "other", "layer"]:
-        """Comparable between layers with an allocation; never the loss, for γ is of each layer's own H."""
+        """With an allocation, layers are comparable; never in units of the loss, because γ is relative to each H."""
         return "layer" if settings.allocation == "layer" else "other"
 
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
-        """Take the inputs of every layer afresh, at the present weights."""
+        """Compute the moments of every layer's inputs at the present weights; earlier ones are dropped."""
         self._moments = {}  # freed before as much again is allocated
         self._moments = {name: moment.mul_(2) for name, moment in input_moments(objective).items()}
         self._factors = self._allocated(objective, generator)
@@ -135,7 +135,7 @@ class LayerwiseSurgeon(CurvatureEstimator[LayerwiseSettings]):
         return InverseFisher(DirectSum(parts), used)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The layers' Hessians, and the factors of their rows, once there are any."""
+        """The layers' Hessians, and the factors of their rows if there are any."""
         return self._moments | {f"factor.{name}": b for name, b in self._factors.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Scores that know that weights go together: greedy elimination, and groups."""
+"""Scores that take account of what else is removed: greedy elimination, and groups."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class GreedySettings(Settings):
 
 
 class GreedySurgeon(Saliency):
-    """The order in which greedy Optimal Brain Surgeon would remove the weights of each block, and at what cost.
+    """Costs of the weights of each block in the order in which greedy Optimal Brain Surgeon removes them.
 
     In each block: remove the weight of least w_i²/(2Σ_ii), move the others, eliminate it from Σ
     (Σ ← Σ − Σ_{:i}Σ_{i:}/Σ_ii), and so on to the last. A weight's score is what its removal cost when it was
@@ -99,7 +99,7 @@ class GroupSurgeon(Saliency):
 
 
 def cheapest(sigma: Tensor, weights: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The subset of `count` weights of each group whose removal costs least; what is gone belongs to it.
+    """The subset of `count` weights of each group whose removal costs least; it includes those already removed.
 
     Args:
         sigma: (m, B, B), Σ in each group, float64.
