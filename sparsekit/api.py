@@ -72,6 +72,7 @@ def prune(
     substeps: int = 1,
     compensation: str | Mapping[str, object] = "joint",
     reconstruct: str | Mapping[str, object] = "none",
+    batch_norm: str | Mapping[str, object] = "kept",
     finetune: Mapping[str, object] | None = None,
     evaluation: Iterable[Batch] | Callable[[nn.Module], Metrics] | None = None,
     include: Iterable[str] | None = None,
@@ -105,6 +106,8 @@ def prune(
         compensation: 'joint', 'independent', 'none' or 'exact', or a mapping with `how` and settings.
         reconstruct: fit layers to the dense network after a cut: 'none', 'layerwise' or 'fisher', or a mapping with
             `how` and settings.
+        batch_norm: statistics after a cut and reconstruction: 'kept', or taken 'anew' from `data`, or a mapping with
+            `statistics` and settings.
         finetune: settings such as {"epochs": 1, "learning_rate": 0.01}; without it there is none. `batch_size` is not
             among them: the batches are those of `data`.
         evaluation: batches, or model -> metrics; by default the loss and accuracy on `data`.
@@ -132,6 +135,7 @@ def prune(
         "substeps": substeps,
         "compensation": compensation,
         "reconstruction": reconstruct,
+        "batch_norm": batch_norm,
         "finetune": {"epochs": 0, **(finetune or {})},
         "seed": seed,
     }
@@ -199,6 +203,8 @@ class _Request:
             calibration=lambda generator: self.calibration(),
             reconstruction=settings.reconstruction,
             anchors=lambda generator: self.anchors(),
+            batch_norm=settings.batch_norm,
+            norm_examples=lambda generator: self.norm_examples(),
             measure=evaluation,
             seed=settings.seed,
             finetune_settings=resolved.finetune,
@@ -212,6 +218,10 @@ class _Request:
 
     def anchors(self) -> list[Batch]:
         how, what = self.resolved.settings.reconstruction, ("reconstruction", "reconstruct")
+        return _examples(self.batches, how.examples, how.batch_size, lambda available: available, *what)
+
+    def norm_examples(self) -> list[Batch]:
+        how, what = self.resolved.settings.batch_norm, ("batch normalisation", "batch_norm")
         return _examples(self.batches, how.examples, how.batch_size, lambda available: available, *what)
 
 
@@ -287,10 +297,9 @@ class _Bounded:
 def _fitted(resolved: ResolvedRun, batches: Iterable[Batch]) -> ResolvedRun:
     """The run with as many examples as there are where nobody set a number."""
     given = resolved.estimator.settings
-    how = resolved.settings.reconstruction
     most = 0 if "examples" in resolved.settings.estimator else given.examples
-    if how.how != "none" and "examples" not in how.model_fields_set:
-        most = max(most, how.examples)
+    for part in resolved.settings.users_of_examples.values():
+        most = max(most, 0 if "examples" in part.model_fields_set else part.examples)
     if not most:
         return resolved
     count = 0
@@ -321,7 +330,7 @@ def _examples(
             break
     if count < examples:
         most = fitting(count)
-        key = "how" if argument == "reconstruct" else "name"
+        key = {"reconstruct": "how", "batch_norm": "statistics"}.get(argument, "name")
         raise DataError(
             f"{what} needs {examples} calibration examples, the data has {count}; give more data"
             + (f" or set {argument}={{'{key}': ..., 'examples': {most}}}" if most else "")

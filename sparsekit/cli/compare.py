@@ -23,8 +23,9 @@ from sparsekit.compare.upload import Uploader
 from sparsekit.errors import SettingsError
 from sparsekit.machine import find_device
 from sparsekit.registry.installed import load_registry
-from sparsekit.runs.settings import merge, parse_assignment, read_config, validated
+from sparsekit.runs.settings import merge, parse_assignment, read_config
 from sparsekit.runs.tracking_store import resolve_uri
+from sparsekit.runs.validation import validated
 
 
 def compare(

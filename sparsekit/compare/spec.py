@@ -15,8 +15,6 @@ from sparsekit.methods.interfaces import Settings
 from sparsekit.methods.plain_values import shown
 from sparsekit.registry.registry import Registry
 from sparsekit.runs.settings import (
-    COMPONENTS,
-    SHORTHAND,
     ResolvedRun,
     RunSettings,
     Sparsity,
@@ -24,6 +22,7 @@ from sparsekit.runs.settings import (
     merge,
     resolve,
 )
+from sparsekit.runs.validation import COMPONENTS, SHORTHAND
 
 #: The axes that every point has.
 RESERVED = ("task", "method", "compensation", "reconstruction", "pattern", "schedule")

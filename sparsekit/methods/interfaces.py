@@ -6,7 +6,14 @@ from sparsekit.methods.estimator import CurvatureEstimator, EstimatorSettings
 from sparsekit.methods.pattern import Pattern, Units
 from sparsekit.methods.saliency import Saliency, ScoreContext
 from sparsekit.methods.schedule import Schedule
-from sparsekit.methods.settings import CompensationSettings, FinetuneSettings, Preset, ReconstructionSettings, Settings
+from sparsekit.methods.settings import (
+    BatchNormSettings,
+    CompensationSettings,
+    FinetuneSettings,
+    Preset,
+    ReconstructionSettings,
+    Settings,
+)
 from sparsekit.methods.task import Split, Task, TaskSettings
 from sparsekit.problem.measurement import measure
 
@@ -14,6 +21,7 @@ from sparsekit.problem.measurement import measure
 INTERFACE_VERSION = 1
 
 __all__ = [
+    "BatchNormSettings",
     "CompensationSettings",
     "CurvatureEstimator",
     "EstimatorSettings",

@@ -90,6 +90,20 @@ class ReconstructionSettings(Settings):
         return self
 
 
+class BatchNormSettings(Settings):
+    """The running statistics of batch normalisations after a cut and its reconstruction."""
+
+    statistics: Literal["kept", "anew"] = Field(
+        "kept",
+        description="as they are in the dense network, or taken anew from training examples, as training mode will see "
+        "them; a reconstruction then takes them anew after each layer that it fits",
+    )
+    examples: int = Field(
+        1024, ge=2, description="training examples, labels unused; by default as many as there are, at most 1024"
+    )
+    batch_size: int = Field(64, ge=2, description="examples in one pass")
+
+
 class FinetuneSettings(Settings):
     """Masked training with momentum SGD after a cut; the same for all compared methods."""
 

@@ -93,6 +93,7 @@ class StepCompleted(Cut):
         step: the plan's step.
         removed: number of weights removed in all.
         reconstruction: its results; None without one.
+        batch_norm_increase: of the loss over the calibration examples, by new batch norm statistics; None without any.
         pruned, finetuned: metrics after each phase, where measured.
         layer_sparsity: parameter name -> sparsity.
     """
@@ -100,6 +101,7 @@ class StepCompleted(Cut):
     step: Step
     removed: int
     reconstruction: Reconstructed | None
+    batch_norm_increase: float | None
     pruned: Metrics | None
     finetuned: Metrics | None
     layer_sparsity: Metrics

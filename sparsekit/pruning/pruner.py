@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.errors import SettingsError
 from sparsekit.methods.contracts import inverse_of
 from sparsekit.methods.interfaces import (
+    BatchNormSettings,
     CompensationSettings,
     CurvatureEstimator,
     FinetuneSettings,
@@ -23,7 +23,6 @@ from sparsekit.methods.interfaces import (
 )
 from sparsekit.methods.schedules import Step
 from sparsekit.problem.likelihoods import Likelihood
-from sparsekit.problem.networks import copied
 from sparsekit.problem.objective import Batch, Objective
 from sparsekit.problem.parameters import Mask, ParameterSpace
 from sparsekit.pruning.clock import Clock
@@ -41,8 +40,8 @@ from sparsekit.pruning.events import (
     StepCompleted,
 )
 from sparsekit.pruning.finetune import finetune
+from sparsekit.pruning.rebuilding import Rebuilding
 from sparsekit.pruning.seeds import generator_for, seeded
-from sparsekit.reconstruction.fit import Reconstruction, output_moments
 from sparsekit.removal import InverseFisher, Removal
 
 
@@ -67,6 +66,7 @@ class Pruner:
         seed: of all random draws; draws of one step do not depend on those of another.
         measure: model -> metrics.
         reconstruction, anchors: how layers are fitted after a cut; generator -> the batches that they are fitted on.
+        batch_norm, norm_examples: whether batch norm statistics are taken anew after a cut; generator -> their batches.
         finetune_settings, training, training_batches: the recipe; generator -> an epoch's batches; their number.
         update: (step, estimator, objective, generator) -> figures; updates the estimator on a step's examples.
         progress: called with (phase, done, total) during long work.
@@ -85,6 +85,8 @@ class Pruner:
     seed: int = 0
     reconstruction: ReconstructionSettings = field(default_factory=ReconstructionSettings)
     anchors: Callable[[torch.Generator], Sequence[Batch]] | None = None
+    batch_norm: BatchNormSettings = field(default_factory=BatchNormSettings)
+    norm_examples: Callable[[torch.Generator], Sequence[Batch]] | None = None
     finetune_settings: FinetuneSettings = field(default_factory=FinetuneSettings)
     training: Callable[[torch.Generator], Iterable[Batch]] | None = None
     training_batches: int = 0
@@ -96,9 +98,18 @@ class Pruner:
         # The weights that a restart loads. A pruner is always made with the dense model, also in a resumed run.
         restarts = any(step.restart for step in self.steps)
         self._dense_weights = {name: t.clone() for name, t in self.model.state_dict().items()} if restarts else {}
-        # The network whose outputs layers are fitted to, copied here for the same reason.
-        self._dense_network = copied(self.model).cpu() if self.reconstruction.how != "none" else None
-        self._weighting: Mapping[str, Tensor] = {}
+        self._rebuilding = Rebuilding(
+            self.model,
+            self.space,
+            self.likelihood,
+            self.reconstruction,
+            self.batch_norm,
+            calibration=self.calibration,
+            anchors=self.anchors,
+            norm_examples=self.norm_examples,
+            seed=self.seed,
+            progress=lambda done, total: self.progress("reconstruction", done, total),
+        )
         self._phase = "curvature"
         self._untaught = deepcopy(self.estimator) if restarts else self.estimator
 
@@ -141,13 +152,16 @@ class Pruner:
         assert state.cut is not None
 
         reconstructed = None
-        if self._dense_network is not None and (self.reconstruction.when == "cut" or step.completes_level):
+        loss = state.cut.loss + state.cut.measured_increase
+        if self._rebuilding.fits(step.completes_level):
             yield self._started("reconstruction", step)
-            left = yield from self._reconstruct(step, self._dense_network.to(device), clock)
-            self._dense_network.cpu()  # frees the device's memory
-            after = objective.loss() if calibration else math.nan
-            increase = after - state.cut.loss - state.cut.measured_increase
-            reconstructed = Reconstructed(increase, state.fits, left)
+            left = yield from self._reconstruct(step, clock)
+            before, loss = loss, objective.loss() if calibration else math.nan
+            reconstructed = Reconstructed(loss - before, state.fits, left)
+        renewed = None
+        if self._rebuilding.renew_norms(step.index):
+            renewed = (objective.loss() if calibration else math.nan) - loss
+        clock.lap("reconstruction")
 
         yield self._started("measure", step)
         pruned = self.measure(self.model) if step.completes_level or step.finetune else None
@@ -169,6 +183,7 @@ class Pruner:
             step=step,
             removed=state.mask.removed_count,
             reconstruction=reconstructed,
+            batch_norm_increase=renewed,
             pruned=pruned,
             finetuned=finetuned,
             layer_sparsity={info.name: Mask(state.mask.kept[info.slice]).sparsity for info in self.space.parameters},
@@ -212,39 +227,21 @@ class Pruner:
         )
         clock.seconds.clear()
 
-    def _reconstruct(self, step: Step, dense: nn.Module, clock: Clock) -> Generator[Event, None, Mapping[str, str]]:
+    def _reconstruct(self, step: Step, clock: Clock) -> Generator[Event, None, Mapping[str, str]]:
         """Fit the remaining layers; returns name -> reason for those that cannot be fitted."""
-        if self.anchors is None or self.state.mask is None:
-            raise SettingsError("reconstruction needs examples: give the pruner `anchors`")
-        generator = self._generator("reconstruction", step.index)
-        batches = self.anchors(generator)
-        work = Reconstruction(
-            self.model,
-            dense,
-            self.space,
-            self.state.mask,
-            batches,
-            self.reconstruction,
-            weighting=self._output_weighting(dense) if self.reconstruction.how == "fisher" else None,
-            seed=generator.initial_seed(),
-        )
-        clock.seconds["reconstruction"] = sum(fit.seconds for fit in self.state.fits)  # from before an interruption
-        for fit in work.run(len(self.state.fits), lambda done, total: self.progress("reconstruction", done, total)):
-            self.state.fits = (*self.state.fits, fit)
+        state = self.state
+        assert state.mask is not None
+        clock.seconds["reconstruction"] = sum(fit.seconds for fit in state.fits)  # from before an interruption
+        work = self._rebuilding.fit(step.index, state.mask, self.estimator, len(state.fits))
+        while True:
+            try:
+                fit = next(work)
+            except StopIteration as end:
+                left: Mapping[str, str] = end.value
+                return {**left} | {fit.name: fit.left for fit in state.fits if fit.left}
+            state.fits = (*state.fits, fit)
             clock.lap("reconstruction")
             yield LayerReconstructed(step, fit)
-        return work.left | {fit.name: fit.left for fit in self.state.fits if fit.left}
-
-    def _output_weighting(self, dense: nn.Module) -> Mapping[str, Tensor]:
-        """The Fisher information of each layer's outputs: from the estimator's factors, else computed once."""
-        found = inverse_of(self.estimator).output_factors(self.space)
-        if len(found) == len(self.space):
-            return found
-        if not self._weighting:  # from the dense network, so that it is the same before and after an interruption
-            objective = Objective(dense, self.likelihood, self.calibration(self._generator("outputs", 0)), self.space)
-            generator = self._generator("output labels", 0, objective.device)
-            self._weighting = output_moments(objective, self.estimator.settings.fisher, generator)
-        return {**self._weighting, **found}
 
     def _cut(self, step: Step, inverse: InverseFisher, objective: Objective) -> Removal:
         """Score, choose and remove; updates the model, the mask and the estimator."""

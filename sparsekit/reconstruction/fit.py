@@ -6,7 +6,8 @@ Layer by layer, in the order in which they run, over W on its mask:
 
 x̂ is the layer's input in the pruned network, whose earlier layers are already fitted; x and W⁰ are input and weights
 in the dense network; B weights the outputs. Biases are fitted with the weights. Where a batch normalisation follows a
-layer without a bias, its bias is fitted, because the two are one affine map; its statistics stay. No labels are used.
+layer without a bias, its bias is fitted, because the two are one affine map. Its statistics stay, or are those of the
+fitted layer's outputs, with the affine map of the dense one (`RenewedNorms`). No labels are used.
 
 For the change δ = W − W_now this is the removal problem with H = B ⊗ Â + λI, Â = E x̂x̂ᵀ, and the gradient
 B (W_now Â − C) with C = E (W⁰x) x̂ᵀ; the same operators solve it.
@@ -33,6 +34,7 @@ from sparsekit.methods.interfaces import ReconstructionSettings
 from sparsekit.problem.objective import Batch, Objective, as_found
 from sparsekit.problem.parameters import Mask, ParameterSpace
 from sparsekit.reconstruction.moments import Moments
+from sparsekit.reconstruction.norms import RenewedNorms
 from sparsekit.reconstruction.passes import Passes
 from sparsekit.reconstruction.regressions import Regression, regressions
 from sparsekit.reconstruction.solve import output_weighting, solve
@@ -79,6 +81,7 @@ class Reconstruction:
         batches: examples, inputs first; the same at each iteration, see `pairs`.
         settings: of the reconstruction.
         weighting: name of a weight -> B (g, out/g, out/g), up to a factor; identity where there is none.
+        statistics_anew: whether batch normalisations take the statistics of the fitted layers' outputs.
         seed: of the drawn positions.
 
     Raises:
@@ -96,6 +99,7 @@ class Reconstruction:
         settings: ReconstructionSettings,
         *,
         weighting: Mapping[str, Tensor] | None = None,
+        statistics_anew: bool = False,
         seed: int = 0,
     ) -> None:
         if not batches:
@@ -106,6 +110,7 @@ class Reconstruction:
         cache = settings.cache_mebibytes << 20
         self._passes = Passes(model, dense, space, batches, positions=settings.positions, cache=cache)
         self._weights, self._space = LayerWeights(model, space, mask), space
+        self._renewed = RenewedNorms(model, dense) if statistics_anew else None
         self._layers, self.left = self._regressions(model, dense)
         for layer in self._layers:
             if not settings.ridge and layer.rows < layer.width:
@@ -162,6 +167,8 @@ class Reconstruction:
                     self._passes.forget()
                 progress(done, len(self))
                 yield self._fit(index)
+        if self._renewed is not None:
+            self._renewed.restore()
         progress(len(self), len(self))
 
     def _regressions(self, model: nn.Module, dense: nn.Module) -> tuple[list[Regression], dict[str, str]]:
@@ -212,6 +219,8 @@ class Reconstruction:
             self._passes.rest()
         new, before, scale, iterations, residual = solution
         errors = [moments.error(V, scale) for moments in (fitted, held) for V in (before, new)]
+        if self._renewed is not None:
+            new = self._renewed.renew(layer, before, new, fitted, scale)
         self._weights.write(layer, new, scale)
         seconds = time.perf_counter() - begun
         return LayerFit(name, errors[0], errors[1], errors[2], errors[3], iterations, residual, seconds)

@@ -28,7 +28,8 @@ class Regression:
     calls: int
     bias: Piece | None
     rows: int
-    norms: tuple[Norm, Norm] | None = None  # the one after it, pruned and dense; `bias` is its own
+    norms: tuple[Norm, Norm] | None = None  # the one after it, pruned and dense, if `bias` is its own
+    after: tuple[Norm, Norm] | None = None  # the same, whosoever's the bias is
 
     def target(self, Z: Tensor, bias: Tensor | None) -> Tensor:
         """Targets (g, rows, out) that are, after the pruned network's normalisation, what Z is after the dense one's.
@@ -102,13 +103,13 @@ def regressions(
         bias = uses[0].bias if len({call.bias for call in uses}) == 1 else None
         if bias is not None and (biased[bias] > 1 or not network.get_parameter(bias.name).requires_grad):
             bias = None  # shared or frozen: not fitted
-        followed = None
-        if norms and len(uses) == 1 and uses[0].bias is None:
-            followed = _norm_after(piece, following, dense_following)
-            bias = None if followed is None else Piece(followed[0].name, 0, len(followed[0].bias))
+        followed = _norm_after(piece, following, dense_following) if len(uses) == 1 else None
+        fitted_norms = followed if norms and uses[0].bias is None else None
+        if fitted_norms is not None:
+            bias = Piece(fitted_norms[0].name, 0, len(fitted_norms[0].bias))
         rows = sum(call.rows(positions, examples) for call in uses) * fitted // examples
         width = uses[0].width + (bias is not None)
-        found.append(Regression(piece, uses[0].groups, width, len(uses), bias, rows, followed))
+        found.append(Regression(piece, uses[0].groups, width, len(uses), bias, rows, fitted_norms, followed))
     covered = {layer.name for layer in found} | {layer.bias.name for layer in found if layer.bias is not None}
     for name in space.names:
         if name not in covered:

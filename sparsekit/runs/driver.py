@@ -110,6 +110,10 @@ class Driver:
             how = resolved.settings.reconstruction
             return list(task.batches("train", batch_size=how.batch_size, limit=how.examples, generator=generator))
 
+        def norm_examples(generator: torch.Generator) -> list[Batch]:
+            how = resolved.settings.batch_norm
+            return list(task.batches("train", batch_size=how.batch_size, limit=how.examples, generator=generator))
+
         def training(generator: torch.Generator) -> Iterable[Batch]:
             return task.batches("train", batch_size=resolved.finetune.batch_size, generator=generator, augment=True)
 
@@ -136,6 +140,8 @@ class Driver:
             seed=resolved.settings.seed,
             reconstruction=resolved.settings.reconstruction,
             anchors=anchors,
+            batch_norm=resolved.settings.batch_norm,
+            norm_examples=norm_examples,
             finetune_settings=resolved.finetune,
             training=training,
             training_batches=math.ceil(task.size("train") / resolved.finetune.batch_size),

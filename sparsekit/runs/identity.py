@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sparsekit.methods.interfaces import INTERFACE_VERSION, Task
 from sparsekit.registry.registry import Registry
 from sparsekit.runs.schema import SCHEMA_VERSION
-from sparsekit.runs.settings import COMPONENTS, ResolvedRun
+from sparsekit.runs.settings import ResolvedRun
+from sparsekit.runs.validation import COMPONENTS
 
 
 def sources(task: Task, model: nn.Module) -> dict[str, str]:

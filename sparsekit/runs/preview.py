@@ -90,10 +90,10 @@ def with_examples(resolved: ResolvedRun, task: Task) -> ResolvedRun:
             f"{available}; "
             + (f"set estimator.examples={most}, the most that will do" if most else "its other settings allow no fewer")
         )
-    anchors = resolved.settings.reconstruction
-    if anchors.how != "none" and anchors.examples > available:
-        raise DataError(
-            f"reconstruction needs {anchors.examples} training examples, the task '{task.name}' has {available}; set "
-            f"reconstruction.examples={available} or less"
-        )
+    for part, settings in resolved.settings.users_of_examples.items():
+        if settings.examples > available:
+            raise DataError(
+                f"{part} needs {settings.examples} training examples, the task '{task.name}' has {available}; set "
+                f"{part}.examples={available} or less"
+            )
     return resolved

@@ -58,6 +58,9 @@ class StepRecord(_Schema):
     iterations: int = Field(ge=0, description="of conjugate gradients; 0 where the removal was direct")
     residual: float = Field(description="relative, at the end of conjugate gradients")
     reconstruction: ReconstructionRecord | None = Field(default=None, description="null: there was none")
+    batch_norm_increase: float | None = Field(
+        default=None, description="of the same loss, by new batch norm statistics; null: they were kept"
+    )
     pruned: dict[str, float] | None = Field(description="metrics after the cut and reconstruction; null: not measured")
     finetuned: dict[str, float] | None = Field(description="metrics after fine-tuning; null: there was none")
     seconds: dict[str, float] = Field(description="wall-clock time, by part of the step")

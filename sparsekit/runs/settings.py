@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, field_validator
 
 from sparsekit.errors import SettingsError
 from sparsekit.methods.interfaces import (
+    BatchNormSettings,
     CompensationSettings,
     CurvatureEstimator,
     EstimatorSettings,
@@ -28,23 +27,17 @@ from sparsekit.methods.interfaces import (
     Task,
     TaskSettings,
 )
-from sparsekit.methods.plain_values import shown, unwritable
+from sparsekit.methods.plain_values import shown
 from sparsekit.methods.schedules import check_cuts
 from sparsekit.registry.registry import Registry
 from sparsekit.runs import yaml_reading
 from sparsekit.runs.addresses import redacted
+from sparsekit.runs.validation import COMPONENTS, SHORTHAND, validated
 
 Sparsity = Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights removed, in [0, 1)")]
 
-T = TypeVar("T", bound=BaseModel)
 C = TypeVar("C")
 S = TypeVar("S", bound=Settings)
-
-#: The components of a run: each has a name and its own settings.
-COMPONENTS = ("task", "estimator", "saliency", "schedule", "pattern")
-
-#: The key that a plain string stands for where a mapping is expected: `estimator: obs` is `estimator: {name: obs}`.
-SHORTHAND = {**dict.fromkeys(COMPONENTS, "name"), "compensation": "how", "reconstruction": "how"}
 
 
 class TrackingSettings(Settings):
@@ -100,6 +93,9 @@ class RunSettings(Settings):
     reconstruction: ReconstructionSettings = Field(
         ReconstructionSettings(), description="whether layers are fitted to the dense network's after a cut"
     )
+    batch_norm: BatchNormSettings = Field(
+        BatchNormSettings(), description="whether batch norm statistics are taken anew after a cut"
+    )
     finetune: dict[str, object] = Field({}, description="masked training after each step; default the task's")
     split: Split = Field("reporting", description="examples that metrics are measured on; tune on 'tuning'")
     seed: int = Field(0, ge=0, description="of calibration examples, sampled labels and fine-tuning order")
@@ -108,6 +104,16 @@ class RunSettings(Settings):
     exclude: tuple[str, ...] = Field((), description="shell patterns of parameter names to leave alone")
     output: str = Field("runs", description="folder of the runs' directories")
     tracking: TrackingSettings = Field(TrackingSettings())
+
+    @property
+    def users_of_examples(self) -> dict[str, ReconstructionSettings | BatchNormSettings]:
+        """Name of a setting -> its value, for those parts of this run that take training examples besides curvature."""
+        users: dict[str, ReconstructionSettings | BatchNormSettings] = {}
+        if self.reconstruction.how != "none":
+            users["reconstruction"] = self.reconstruction
+        if self.batch_norm.statistics == "anew":
+            users["batch_norm"] = self.batch_norm
+        return users
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -183,18 +189,21 @@ class ResolvedRun:
 
         Numbers that were set are unchanged, and so are those that the other settings do not allow to be smaller.
         """
-        options, how = self.estimator.settings, self.settings.reconstruction
+        options, settings = self.estimator.settings, self.settings
         estimator, most = self.settings.estimator, options.fitting(min(options.examples, available))
         if "examples" not in estimator and 0 < most < options.examples:
             with suppress(SettingsError):  # too few of them: who asks for the examples says so
                 options = validated(type(options), {**options.model_dump(), "examples": most}, "estimator")
                 estimator = {**estimator, "examples": most}
-        if how.how != "none" and "examples" not in how.model_fields_set and 0 < available < how.examples:
-            how = how.model_copy(update={"examples": available})
-        if estimator is self.settings.estimator and how is self.settings.reconstruction:
+        changed: dict[str, object] = {} if estimator is settings.estimator else {"estimator": estimator}
+        for name, part in settings.users_of_examples.items():
+            if "examples" not in part.model_fields_set and 0 < available < part.examples:
+                changed[name] = part.model_copy(update={"examples": available})
+        if not changed:
             return self
-        settings = self.settings.model_copy(update={"estimator": estimator, "reconstruction": how})
-        return replace(self, settings=settings, estimator=replace(self.estimator, settings=options))
+        return replace(
+            self, settings=settings.model_copy(update=changed), estimator=replace(self.estimator, settings=options)
+        )
 
 
 def resolve(raw: Mapping[str, object], registry: Registry) -> ResolvedRun:
@@ -297,53 +306,6 @@ def _over_preset(raw: Mapping[str, object], registry: Registry) -> dict[str, obj
             "the preset"
         )
     return merge(published, given)
-
-
-def validated(model: type[T], raw: Mapping[str, object], where: str) -> T:
-    """An instance of `model` from raw values; each error is one sentence."""
-    if (text := unwritable(raw)) is not None:
-        raise SettingsError(
-            f"{shown(text)} holds a character that no file can hold (NUL, or half of a pair); leave it out"
-        )
-    try:
-        return model.model_validate(dict(raw))
-    except ValidationError as error:
-        raise SettingsError("; ".join(_sentences(model, error.errors(), where))) from None
-
-
-def _sentences(model: type[BaseModel], faults: Sequence[ErrorDetails], where: str) -> list[str]:
-    """A sentence each; those that end in the same list of known settings give it once."""
-    sentences = [_sentence(model, item, where) for item in faults]
-    ends = [sentence.rpartition(" Known: ")[2] for sentence in sentences]
-    return [
-        sentence.removesuffix(f" Known: {end}").removesuffix(".") if end in ends[i + 1 :] else sentence
-        for i, (sentence, end) in enumerate(zip(sentences, ends, strict=True))
-    ]
-
-
-def _sentence(model: type[BaseModel], item: ErrorDetails, where: str) -> str:
-    location = [str(part) for part in item["loc"]]
-    path = ".".join(([where] if where else []) + location)
-    if item["type"] == "extra_forbidden":
-        fields = list(_fields_at(model, location[:-1]))
-        near = difflib.get_close_matches(location[-1], fields, n=1)
-        guess = f"; did you mean '{near[0]}'?" if near else "."
-        return f"there is no setting '{path}'{guess} Known: {', '.join(sorted(fields))}"
-    message = item["msg"].removeprefix("Value error, ")
-    if not path:
-        return str(message)
-    if item["type"] == "model_type":
-        word = f", or one word for its '{SHORTHAND[path]}'" if path in SHORTHAND else ""
-        message = f"a mapping of settings is needed{word}"
-    return f"{path} = {shown(item['input'])} is not valid: {message[0].lower()}{message[1:]}"
-
-
-def _fields_at(model: type[BaseModel], location: Sequence[str]) -> Mapping[str, object]:
-    for part in location:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-    return model.model_fields
 
 
 # -- reading -----------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from sparsekit.compare.spec import ComparisonSettings
 from sparsekit.errors import RecordError
 from sparsekit.registry.installed import load_registry
 from sparsekit.runs.curvature_cache import SHARED_SECONDS, SharedStatistics
-from sparsekit.runs.settings import merge, validated
+from sparsekit.runs.settings import merge
+from sparsekit.runs.validation import validated
 
 REGISTRY = load_registry()
 MAGNITUDE = {"estimator": "identity", "saliency": "magnitude", "compensation": "none"}

@@ -16,7 +16,8 @@ from sparsekit.compare.engine import Engine
 from sparsekit.compare.spec import ComparisonSettings, expand, warnings
 from sparsekit.models import resnet
 from sparsekit.registry.installed import load_registry
-from sparsekit.runs.settings import merge, read_config, validated
+from sparsekit.runs.settings import merge, read_config
+from sparsekit.runs.validation import validated
 
 FILES = sorted((Path(__file__).parents[2] / "comparisons").glob("*.yaml"))
 REGISTRY = load_registry()

@@ -5,7 +5,7 @@ import pytest
 from sparsekit.compare.spec import ComparisonSettings, departures, expand, warnings
 from sparsekit.errors import PluginError, SettingsError
 from sparsekit.registry.installed import load_registry
-from sparsekit.runs.settings import validated
+from sparsekit.runs.validation import validated
 
 REGISTRY = load_registry()
 ONE_CUT = {"task": "digits", "schedule": "one-shot", "finetune": {"epochs": 0}, "sparsity": [0.5, 0.6, 0.7, 0.8, 0.9]}

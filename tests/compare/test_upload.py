@@ -11,8 +11,8 @@ from sparsekit.errors import RecordError
 from sparsekit.registry.installed import load_registry
 from sparsekit.runs import tracking_store
 from sparsekit.runs.addresses import TrackingError
-from sparsekit.runs.settings import validated
 from sparsekit.runs.tracking_store import default_uri, initialise
+from sparsekit.runs.validation import validated
 
 REFUSED = "http://127.0.0.1:9"  # nothing listens on the discard port
 

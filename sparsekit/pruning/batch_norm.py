@@ -1,0 +1,61 @@
+"""Batch normalisation statistics, taken anew after a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparsekit.problem.objective import Batch, pairs
+
+
+def running_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch normalisations whose statistics follow the data.
+
+    A model in training mode with a batch norm in evaluation mode has frozen that one, as in fine-tuning.
+    """
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        and module.running_mean is not None
+        and (module.training or not model.training)
+    ]
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
+    """Replace running means and variances by the averages over the batches, layer after layer in one pass.
+
+    `torch.optim.swa_utils.update_bn` with the rest of the model in evaluation mode: dropout would change the
+    statistics. Batches of one example are skipped, which have no variance.
+
+    Args:
+        model: changed in place; its modes are restored.
+        batches: examples, inputs first.
+
+    Returns:
+        Whether there was a batch normalisation to recalibrate.
+    """
+    norms = running_norms(model)
+    if not norms:
+        return False
+    modes = {module: module.training for module in model.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+    try:
+        for inputs, _ in pairs(batches, next(model.parameters()).device):
+            if len(inputs) > 1:
+                model(inputs)
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for module, training in modes.items():
+            module.training = training
+    return True
