@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sparsekit.errors import DataError, DegradedWarning, SettingsError
+from sparsekit.errors import DataError, DegradedWarning, SettingsError, SparsekitError
 from sparsekit.machine import available_memory
 from sparsekit.methods.interfaces import measure
 from sparsekit.methods.plain_values import shown
@@ -24,7 +24,7 @@ from sparsekit.pruning.events import Metrics, StepCompleted
 from sparsekit.pruning.pruner import Pruner
 from sparsekit.reconstruction.fit import Reconstruction
 from sparsekit.registry.installed import load_registry
-from sparsekit.runs.degraded import degradations
+from sparsekit.runs.degraded import degradations, not_reconstructed
 from sparsekit.runs.settings import ResolvedRun, resolve
 
 #: Batches of data that have no length: who gives more, gives something with one.
@@ -65,14 +65,14 @@ def prune(
     loss: str | Loss | Likelihood,
     sparsity: float = 0.9,
     estimator: str | Mapping[str, object] = "fishleg",
-    saliency: str | Mapping[str, object] = "obs",
+    saliency: str | Mapping[str, object] | None = None,
     pattern: str | Mapping[str, object] = "unstructured",
     schedule: str | Mapping[str, object] = "one-shot",
     steps: int = 4,
     substeps: int = 1,
-    compensation: str | Mapping[str, object] = "joint",
-    reconstruct: str | Mapping[str, object] = "none",
-    batch_norm: str | Mapping[str, object] = "kept",
+    compensation: str | Mapping[str, object] | None = None,
+    reconstruct: str | Mapping[str, object] | None = None,
+    batch_norm: str | Mapping[str, object] | None = None,
     finetune: Mapping[str, object] | None = None,
     evaluation: Iterable[Batch] | Callable[[nn.Module], Metrics] | None = None,
     include: Iterable[str] | None = None,
@@ -98,7 +98,8 @@ def prune(
         sparsity: fraction of the prunable weights to remove, in [0, 1).
         estimator: a name, or a mapping with `name` and settings: {"name": "fishleg", "examples": 512}. Without a
             number there are as many calibration examples as the data has, at most 1,024.
-        saliency: the same.
+        saliency: the same. None, here and below: the estimator's own default (`run_defaults`), what was measured best
+            with it; else 'obs', 'joint', 'none' and 'kept'.
         pattern: the same.
         schedule: the same.
         steps: cuts with fine-tuning after each; no effect on one-shot.
@@ -127,18 +128,21 @@ def prune(
         )
     raw: dict[str, object] = {
         "estimator": estimator,
-        "saliency": saliency,
         "pattern": pattern,
         "schedule": schedule,
         "sparsity": [sparsity],
         "steps": steps,
         "substeps": substeps,
-        "compensation": compensation,
-        "reconstruction": reconstruct,
-        "batch_norm": batch_norm,
         "finetune": {"epochs": 0, **(finetune or {})},
         "seed": seed,
     }
+    may_be_defaults = {
+        "saliency": saliency,
+        "compensation": compensation,
+        "reconstruction": reconstruct,
+        "batch_norm": batch_norm,
+    }
+    raw |= {key: value for key, value in may_be_defaults.items() if value is not None}
     resolved = resolve(raw, load_registry())
     likelihood = as_likelihood(loss)
     check_kind(model)
@@ -183,9 +187,16 @@ class _Request:
         Objective(self.model, self.likelihood, self.batches, self.space).check()
         some = _some(self.batches, options.examples, options.batch_size)
         space, degraded = used(Objective(self.model, self.likelihood, some, self.space), included=included)
+        checked = replace(self, space=space)
         if how.how != "none":
-            Reconstruction.check(self.model, space, self.anchors(), how, available_memory(device).device)
-        return replace(self, space=space), degraded
+            try:
+                Reconstruction.check(self.model, space, self.anchors(), how, available_memory(device).device)
+            except SparsekitError as error:
+                if "reconstruction" not in self.resolved.chosen:
+                    raise
+                degraded.append(not_reconstructed(error))
+                checked = replace(checked, resolved=self.resolved.without_reconstruction())
+        return checked, degraded
 
     def pruner(self, evaluation: Callable[[nn.Module], Metrics]) -> Pruner:
         """The loop over this model, with everything built."""

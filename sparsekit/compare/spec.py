@@ -153,6 +153,8 @@ def expand(given: ComparisonSettings, registry: Registry) -> list[Point]:
             chosen = dict(zip(free, labels, strict=True))
             layers = [axes[axis][label] for axis, label in chosen.items()]
             settings = merge(given.run, own, *layers)
+            if settings.get("preset") is None:
+                settings = merge(PROTOCOL, settings)
             for fixed in ("seed", "output", "tracking"):
                 if fixed in settings:
                     raise SettingsError(f"'{fixed}' is the comparison's own; leave it out of `run`, methods and axes")
@@ -164,6 +166,10 @@ def expand(given: ComparisonSettings, registry: Registry) -> list[Point]:
             points.append(Point(method, chosen, settings, resolved))
     _distinct(points)
     return points
+
+
+#: What is the same for all methods unless the file says otherwise, whatever an estimator's own defaults are.
+PROTOCOL = {"compensation": "joint", "reconstruction": "none", "batch_norm": "kept"}
 
 
 def _check_names(methods: Iterable[str], axes: Mapping[str, Iterable[str]]) -> None:

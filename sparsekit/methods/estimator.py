@@ -52,10 +52,18 @@ class CurvatureEstimator(ABC, Generic[EstimatorSettingsT]):
     """Estimates Σ ≈ (F + γI)⁻¹; it never changes weights, masks on the model, schedules, files or loggers.
 
     An estimator with settings of its own may name them for type checkers: `CurvatureEstimator[OwnSettings]`.
+
+    Attributes:
+        name: of the estimator.
+        Settings: their class.
+        run_defaults: settings of a run with this estimator where the user gives none, such as
+            {"saliency": "obs-rows"}: what was measured to be best with it. Comparisons take only its saliency, because
+            compensation, reconstruction and batch norm are the same for all that is compared.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type[EstimatorSettings]] = EstimatorSettings
+    run_defaults: ClassVar[Mapping[str, object]] = {}
 
     def __init__(self, space: ParameterSpace, settings: EstimatorSettingsT) -> None:
         self.space = space

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from sparsekit.errors import SparsekitError
 from sparsekit.methods.interfaces import CompensationSettings
 from sparsekit.pruning.events import StepCompleted
+
+
+def not_reconstructed(error: SparsekitError) -> str:
+    """The sentence on a default reconstruction that cannot be done."""
+    return f"layers were not fitted to the dense network, which is this estimator's default: {error}"
 
 
 def degradations(event: StepCompleted, how: CompensationSettings) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sparsekit.errors import RecordError
+from sparsekit.errors import RecordError, SparsekitError
 from sparsekit.machine import available_memory, describe_machine, find_device, forget_peak_memory, now
 from sparsekit.methods.interfaces import Task
 from sparsekit.problem.objective import Objective
@@ -18,6 +18,7 @@ from sparsekit.problem.unused import used
 from sparsekit.reconstruction.fit import Reconstruction
 from sparsekit.registry.registry import Registry
 from sparsekit.runs.curvature_cache import SharedStatistics
+from sparsekit.runs.degraded import not_reconstructed
 from sparsekit.runs.directory import RunDirectory
 from sparsekit.runs.driver import UNTOLD, Driver, Listener, Progress
 from sparsekit.runs.identity import identity as run_identity
@@ -79,7 +80,7 @@ def execute(
         found = None if fresh else _found(directory, resume)
         if found is not None and found.status == "finished":
             return Outcome(found, directory.path, True, _tracked_at(found))
-        space, degraded = _checked(resolved, task, model, shown.space)
+        resolved, space, degraded = _checked(resolved, task, model, shown.space)
         if space is not shown.space:
             estimator = resolved.estimator.build(space)
         if fresh:
@@ -131,8 +132,12 @@ def _found(directory: RunDirectory, resume: bool) -> RunRecord | None:
 
 def _checked(
     resolved: ResolvedRun, task: Task, model: nn.Module, space: ParameterSpace
-) -> tuple[ParameterSpace, list[str]]:
-    """Refuse what cannot work before anything is written; the space that the loss depends on, and what is to be told.
+) -> tuple[ResolvedRun, ParameterSpace, list[str]]:
+    """Refuse what cannot work before anything is written.
+
+    Returns:
+        The run, without a default reconstruction that cannot be done; the space that the loss depends on; and sentences
+        for `degraded`.
 
     Args:
         resolved: the run.
@@ -152,8 +157,14 @@ def _checked(
         check_sparsities(resolved, left)
     if how.how != "none":
         few = list(task.batches("train", batch_size=how.batch_size, limit=how.examples))
-        Reconstruction.check(model, left, few, how, available_memory(next(model.parameters()).device).device)
-    return left, degraded
+        try:
+            Reconstruction.check(model, left, few, how, available_memory(next(model.parameters()).device).device)
+        except SparsekitError as error:
+            if "reconstruction" not in resolved.chosen:
+                raise
+            degraded.append(not_reconstructed(error))
+            resolved = resolved.without_reconstruction()
+    return resolved, left, degraded
 
 
 def _tracked_at(record: RunRecord) -> str | None:

@@ -150,6 +150,7 @@ class ResolvedRun:
         finetune: the task's recipe with the run's changes.
         sparsity: increasing.
         independent: whether each level starts from the dense weights.
+        chosen: names of the settings that nobody gave, and that are the estimator's defaults.
     """
 
     settings: RunSettings
@@ -161,6 +162,7 @@ class ResolvedRun:
     finetune: FinetuneSettings
     sparsity: tuple[float, ...]
     independent: bool
+    chosen: frozenset[str] = frozenset()
 
     def as_dict(self) -> dict[str, Any]:
         """All resolved settings as plain data: the content of `run.yaml`, which `--config` reads."""
@@ -183,6 +185,10 @@ class ResolvedRun:
             "schedule": self.schedule.cls.name,
             "pattern": self.pattern.cls.name,
         }
+
+    def without_reconstruction(self) -> ResolvedRun:
+        """This run without any reconstruction."""
+        return replace(self, settings=self.settings.model_copy(update={"reconstruction": ReconstructionSettings()}))
 
     def fitted(self, available: int) -> ResolvedRun:
         """This run with its default numbers of examples limited to those `available`.
@@ -217,7 +223,8 @@ def resolve(raw: Mapping[str, object], registry: Registry) -> ResolvedRun:
     if raw.get("preset") is not None:
         raw = _over_preset(raw, registry)
     names = {kind: RunSettings.model_fields[kind].get_default() for kind in COMPONENTS}
-    settings = validated(RunSettings, merge(names, raw), "")
+    own = _of_estimator(merge(names, raw), registry)
+    settings = validated(RunSettings, merge(names, own, raw), "")
     task: Component[Task, TaskSettings] = _component(settings.task, "task", registry)
     estimator: Component[CurvatureEstimator, EstimatorSettings] = _component(settings.estimator, "estimator", registry)
     saliency: Component[Saliency, Settings] = _component(settings.saliency, "saliency", registry)
@@ -235,7 +242,17 @@ def resolve(raw: Mapping[str, object], registry: Registry) -> ResolvedRun:
     check_cuts(len(sparsity), settings.steps, settings.substeps)
     one_cut = schedule.cls.name == "one-shot" and settings.substeps == 1 and recipe.epochs == 0
     independent = one_cut if settings.levels == "auto" else settings.levels == "independent"
-    return ResolvedRun(settings, task, estimator, saliency, schedule, pattern, recipe, sparsity, independent)
+    chosen = frozenset(own) - frozenset(raw)
+    return ResolvedRun(settings, task, estimator, saliency, schedule, pattern, recipe, sparsity, independent, chosen)
+
+
+def _of_estimator(raw: Mapping[str, object], registry: Registry) -> Mapping[str, object]:
+    """The defaults of a run with the estimator that is named in `raw`; none beside a preset."""
+    given = raw["estimator"]
+    name = given.get("name") if isinstance(given, Mapping) else None
+    if not isinstance(name, str) or raw.get("preset") is not None:
+        return {}
+    return registry.get("estimator", name).run_defaults
 
 
 def _component(given: Mapping[str, object], kind: str, registry: Registry) -> Component[Any, Any]:

@@ -118,7 +118,33 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, message):
 
 def test_reconstruction_with_settings_and_no_how_is_refused():
     with pytest.raises(SettingsError, match="settings without `how` do nothing; set how=layerwise or fisher"):
-        resolve({"reconstruction": {"examples": 64}}, load_registry())
+        resolve({"estimator": "obs", "reconstruction": {"examples": 64}}, load_registry())
+
+
+def test_an_estimators_defaults_are_those_of_its_runs(registry):
+    run = resolve({"estimator": "fishleg"}, registry)
+    assert run.saliency.cls.name == "obs-rows"
+    assert (run.settings.reconstruction.how, run.settings.batch_norm.statistics) == ("fisher", "anew")
+    assert run.chosen == {"saliency", "compensation", "reconstruction", "batch_norm"}
+
+
+def test_what_is_given_overrides_an_estimators_defaults(registry):
+    run = resolve({"estimator": "fishleg", "saliency": "magnitude", "reconstruction": {"examples": 64}}, registry)
+    assert run.saliency.cls.name == "magnitude"
+    assert (run.settings.reconstruction.how, run.settings.reconstruction.examples) == ("fisher", 64)
+    assert run.chosen == {"compensation", "batch_norm"}
+
+
+def test_defaults_are_written_out(registry):
+    once = resolve({"estimator": "fishleg"}, registry)
+    again = resolve(once.as_dict(), registry)
+    assert again.as_dict() == once.as_dict() and not again.chosen
+
+
+def test_another_estimator_has_its_own_defaults(registry):
+    run = resolve({"estimator": "obs"}, registry)
+    assert run.saliency.cls.name == "obs"
+    assert (run.settings.reconstruction.how, run.settings.batch_norm.statistics) == ("none", "kept")
 
 
 def test_updates_while_fine_tuning_without_any_are_refused():

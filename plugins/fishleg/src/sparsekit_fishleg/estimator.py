@@ -44,6 +44,12 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
     name: ClassVar[str] = "fishleg"
     Settings: ClassVar[type[EstimatorSettings]] = FishLegSettings
     memory_settings: ClassVar[tuple[str, ...]] = ("batch_size", "probes", "max_factor")
+    run_defaults: ClassVar[Mapping[str, object]] = {
+        "saliency": "obs-rows",
+        "compensation": "joint",
+        "reconstruction": "fisher",
+        "batch_norm": "anew",
+    }
 
     def __init__(self, space: ParameterSpace, settings: FishLegSettings) -> None:
         super().__init__(space, settings)
