@@ -246,18 +246,18 @@ def departures(point: Point, registry: Registry) -> dict[str, object]:
     """Dotted name -> value, of settings that differ from the components' defaults or from the preset."""
     resolved = point.resolved
     kinds = ["estimator", "saliency", "pattern", "finetune"]
-    if resolved.settings.preset is not None:
-        plain: dict[str, object] = {"preset": resolved.settings.preset}
-        kinds += ["compensation", "reconstruction", "schedule"]
-    else:
-        plain = {kind: resolved.names[kind] for kind in COMPONENTS}
     given = resolved.as_dict()
-    published = resolve({**plain, "task": given["task"]}, registry).as_dict()
+    if resolved.settings.preset is not None:
+        kinds += ["compensation", "reconstruction", "schedule"]
+        published = resolve({"preset": resolved.settings.preset, "task": given["task"]}, registry).as_dict()
+    else:  # each by itself: together the defaults of all need not be a run
+        published = {kind: getattr(resolved, kind).cls.Settings().model_dump(mode="json") for kind in kinds[:3]}
+        published["finetune"] = resolved.task.cls.finetune.model_dump(mode="json")
     found = {
         f"{kind}.{key}": value
         for kind in kinds
         for key, value in given[kind].items()
-        if published[kind].get(key) != value
+        if key != "name" and published[kind].get(key) != value
     }
     if resolved.settings.preset is not None and given["substeps"] != published["substeps"]:
         found["substeps"] = given["substeps"]

@@ -62,6 +62,20 @@ def test_departures_are_from_a_components_own_defaults():
     assert departures(found, REGISTRY) == {"estimator.block_size": 16, "finetune.epochs": 0.0}
 
 
+def test_departures_are_told_where_the_defaults_alone_could_not_run():
+    """`obs-layerwise` without an allocation does not compare layers, as the pattern does."""
+    layerwise = {"estimator": {"name": "obs-layerwise", "allocation": "fisher"}}
+    [found, _] = points(methods={"layerwise": layerwise, "m": MAGNITUDE})
+    assert departures(found, REGISTRY) == {"estimator.allocation": "fisher"}
+
+
+def test_an_estimators_defaults_do_not_change_the_protocol():
+    found = {p.method: p.resolved for p in points(methods={"fishleg": {"estimator": "fishleg"}, "m": MAGNITUDE})}
+    assert found["fishleg"].saliency.cls.name == "obs-rows"
+    assert {run.settings.reconstruction.how for run in found.values()} == {"none"}
+    assert {run.settings.batch_norm.statistics for run in found.values()} == {"kept"}
+
+
 def test_departures_of_a_preset_are_from_the_preset():
     [found, _] = points(methods={"cap": {"preset": "cap", "estimator": {"damping": 0.5}}, "m": MAGNITUDE})
     assert departures(found, REGISTRY)["estimator.damping"] == 0.5
