@@ -22,7 +22,7 @@ from sparsekit.runs.settings import (
     merge,
     resolve,
 )
-from sparsekit.runs.validation import COMPONENTS, SHORTHAND
+from sparsekit.runs.validation import SHORTHAND
 
 #: The axes that every point has.
 RESERVED = ("task", "method", "compensation", "reconstruction", "pattern", "schedule")

@@ -66,7 +66,7 @@ def test_departures_are_told_where_the_defaults_alone_could_not_run():
     """`obs-layerwise` without an allocation does not compare layers, as the pattern does."""
     layerwise = {"estimator": {"name": "obs-layerwise", "allocation": "fisher"}}
     [found, _] = points(methods={"layerwise": layerwise, "m": MAGNITUDE})
-    assert departures(found, REGISTRY) == {"estimator.allocation": "fisher"}
+    assert departures(found, REGISTRY) == {"estimator.allocation": "fisher", "finetune.epochs": 0.0}
 
 
 def test_an_estimators_defaults_do_not_change_the_protocol():
