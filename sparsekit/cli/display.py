@@ -8,6 +8,7 @@ import sys
 from types import TracebackType
 from typing import Self
 
+from rich.console import JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -139,7 +140,8 @@ def print_summary(outcome: Outcome, as_json: bool = False) -> None:
     table = Table(title=f"{named}{record.estimator} on {record.task}, {how} compensation{and_fitted}")
     rebuilt = ["rebuilt ΔL"] if fitted != "none" else []
     for column in ("sparsity", "", *metrics, "predicted ΔL", "measured ΔL", *rebuilt):
-        table.add_column(column, justify="left" if column == "" else "right")
+        justify: JustifyMethod = "left" if column == "" else "right"
+        table.add_column(column, justify=justify, no_wrap=column == "")
     table.add_row("0 %", "dense", *(_figure(m, record.dense[m]) for m in metrics), "", "")
     for level in record.levels:
         asked = f"{level.achieved:.2%}" if abs(level.achieved - level.sparsity) > 5e-5 else f"{level.sparsity:.4g}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -18,7 +18,7 @@ from sparsekit.problem.parameters import Mask, ParameterSpace
 from sparsekit.removal import InverseFisher, Removal
 
 
-@dataclass(frozen=True)
+@dataclass
 class Surgeon:
     """How a cut is made.
 
@@ -26,11 +26,14 @@ class Surgeon:
         saliency: scores the weights.
         pattern: chooses among them.
         compensation: how the kept weights move.
+        remembers: keep scores for cuts that begin where this one did.
     """
 
     saliency: Saliency
     pattern: Pattern
     compensation: CompensationSettings
+    remembers: bool = False
+    _scores: Tensor | None = field(default=None, init=False)
 
     def remove(
         self,
@@ -40,6 +43,8 @@ class Surgeon:
         inverse: InverseFisher,
         objective: Objective,
         generator: torch.Generator,
+        *,
+        as_before: bool = False,
     ) -> tuple[Removal, Mask]:
         """The removal that reaches a sparsity, and the mask after it.
 
@@ -50,15 +55,14 @@ class Surgeon:
             inverse: Σ.
             objective: on the calibration examples, at these weights.
             generator: for saliencies that draw random numbers.
+            as_before: whether weights, mask, Σ and examples are those of the last remembered scores.
 
         Raises:
             CurvatureError: scores are not finite.
         """
         space, how = objective.space, self.compensation
         context = _Context(weights, mask, inverse, objective, self.pattern.units(space), generator)
-        scores = scores_of(self.saliency, context)
-        if not bool(scores[mask.kept].isfinite().all()):
-            raise CurvatureError(f"the saliency '{self.saliency.name}' gave scores that are not finite")
+        scores = self._scores if as_before and self._scores is not None else self._scored(context)
         chosen = self.pattern.choose(scores, mask, self.pattern.count(space, sparsity), space)
         gradient = how.first_order * context.gradient if how.first_order else None
         if how.how == "exact":
@@ -66,6 +70,15 @@ class Surgeon:
         else:
             removal = inverse.remove(weights, mask, chosen, how.how, gradient, how.scale)
         return removal, mask.without(chosen)
+
+    def _scored(self, context: ScoreContext) -> Tensor:
+        before = context.generator.get_state()
+        scores = scores_of(self.saliency, context)
+        if not bool(scores[context.mask.kept].isfinite().all()):
+            raise CurvatureError(f"the saliency '{self.saliency.name}' gave scores that are not finite")
+        drew = not torch.equal(before, context.generator.get_state())
+        self._scores = scores if self.remembers and not drew else None
+        return scores
 
     def _exact(self, inverse: InverseFisher, objective: Objective) -> InverseFisher:
         """Σ of the calibration examples' Gauss-Newton matrix; the estimator's Σ is the preconditioner."""

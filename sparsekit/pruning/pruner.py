@@ -51,6 +51,11 @@ def _update(
     return estimator.update(objective, generator=generator)
 
 
+def _from_dense_again(step: Step) -> bool:
+    """Whether a step begins at the dense weights with the curvature of the level before."""
+    return step.restart and not step.refresh
+
+
 @dataclass
 class Pruner:
     """Prunes a model in place along a plan.
@@ -110,6 +115,8 @@ class Pruner:
             seed=self.seed,
             progress=lambda done, total: self.progress("reconstruction", done, total),
         )
+        again = any(_from_dense_again(step) for step in self.steps)
+        self._surgeon = Surgeon(self.saliency, self.pattern, self.compensation, remembers=again)
         self._phase = "curvature"
         self._untaught = deepcopy(self.estimator) if restarts else self.estimator
 
@@ -248,8 +255,9 @@ class Pruner:
         assert self.state.mask is not None
         weights = self.space.read(self.model)
         generator = self._generator("saliency", step.index, weights.device)
-        surgeon = Surgeon(self.saliency, self.pattern, self.compensation)
-        removal, mask = surgeon.remove(weights, self.state.mask, step.sparsity, inverse, objective, generator)
+        removal, mask = self._surgeon.remove(
+            weights, self.state.mask, step.sparsity, inverse, objective, generator, as_before=_from_dense_again(step)
+        )
         self.state.mask = mask
         self.space.write(self.model, weights + removal.delta)
         mask.apply(self.space, self.model)

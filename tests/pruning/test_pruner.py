@@ -26,7 +26,7 @@ def network(*extra):
         return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), *extra, nn.Linear(8, 3))
 
 
-def pruner(model, steps, finetune=0.0, compensation=None, **given):
+def pruner(model, steps, finetune=0.0, compensation=None, saliency=OptimalBrainSurgeon, **given):
     space, likelihood = ParameterSpace.of(model), Categorical()
     settings = DiagonalFisherSettings(fisher="empirical", examples=60, damping=1e-3, decay=0.5)
     return Pruner(
@@ -34,7 +34,7 @@ def pruner(model, steps, finetune=0.0, compensation=None, **given):
         space=space,
         likelihood=likelihood,
         estimator=DiagonalFisher(space, settings),
-        saliency=OptimalBrainSurgeon(None),
+        saliency=saliency(None),
         pattern=Unstructured(None),
         compensation=compensation or CompensationSettings(),
         steps=steps,
@@ -124,3 +124,26 @@ def test_phases_come_in_order():
 def test_predicted_and_measured_increase_agree_for_a_small_cut():
     (done,) = completed(pruner(network(), plan([0.02], OneShot(Settings()))))
     assert done.predicted_increase == pytest.approx(done.measured_increase, abs=0.05)
+
+
+def test_levels_from_the_dense_weights_are_scored_once():
+    """Scores depend on weights, mask, Σ and examples, all the same; those that draw are drawn anew."""
+
+    class Counted(OptimalBrainSurgeon):
+        calls = 0
+
+        def score(self, context):
+            Counted.calls += 1
+            return super().score(context)
+
+    class Drawn(Counted):
+        def score(self, context):
+            torch.rand(1, generator=context.generator)
+            return super().score(context)
+
+    steps = plan([0.3, 0.5, 0.7], OneShot(Settings()), independent=True)
+    for saliency, expected in ((Counted, 1), (Drawn, 3)):
+        made = pruner(network(), steps, saliency=saliency)
+        Counted.calls = 0
+        completed(made)
+        assert Counted.calls == expected
