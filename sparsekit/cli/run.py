@@ -16,6 +16,7 @@ from sparsekit.runs.run import execute
 from sparsekit.runs.settings import merge, parse_assignment, read_config, resolve
 
 
+# Longer than other functions, because every option is an argument here.
 def run(
     estimator: Annotated[str | None, typer.Option(help="Curvature estimator; default fishleg.")] = None,
     task: Annotated[str | None, typer.Option(help="What is pruned; default digits.")] = None,

@@ -56,6 +56,11 @@ def _from_dense_again(step: Step) -> bool:
     return step.restart and not step.refresh
 
 
+def _loss(objective: Objective) -> float:
+    """The mean loss; NaN without examples."""
+    return objective.loss() if objective.batches else math.nan
+
+
 @dataclass
 class Pruner:
     """Prunes a model in place along a plan.
@@ -163,11 +168,11 @@ class Pruner:
         if self._rebuilding.fits(step.completes_level):
             yield self._started("reconstruction", step)
             left = yield from self._reconstruct(step, clock)
-            before, loss = loss, objective.loss() if calibration else math.nan
+            before, loss = loss, _loss(objective)
             reconstructed = Reconstructed(loss - before, state.fits, left)
         renewed = None
         if self._rebuilding.renew_norms(step.index):
-            renewed = (objective.loss() if calibration else math.nan) - loss
+            renewed = _loss(objective) - loss
         clock.lap("reconstruction")
 
         yield self._started("measure", step)
@@ -209,14 +214,13 @@ class Pruner:
 
         yield self._started("removal", step)
         calibration: Sequence[Batch] = objective.batches  # type: ignore[assignment]
-        known = len(calibration) > 0
-        before = objective.loss() if known else math.nan
+        before = _loss(objective)
         mask, constant = self.state.mask, constant_outputs(self.model, calibration)
         assert mask is not None
         removal = self._cut(step, inverse, objective)
         assert self.state.mask is not None
         clock.lap("removal")
-        after = objective.loss() if known else math.nan
+        after = _loss(objective)
         now_constant = constant_outputs(self.model, calibration)
         clock.lap("measure")
         self.state.cut = Cut(
