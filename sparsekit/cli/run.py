@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from sparsekit import processes
 from sparsekit.cli.display import ProgressDisplay, print_preview, print_summary
 from sparsekit.cli.terminal import keep
 from sparsekit.registry.installed import load_registry
@@ -75,8 +76,14 @@ def run(
     if dry_run:
         print_preview(preview(resolved), as_json)
         return
-    with ProgressDisplay(resolved) as show:
-        outcome = execute(resolved, registry, resume=resume, fresh=fresh, listener=show.event, progress=show.progress)
+    with processes.group(resolved.settings.device) as apart:
+        if apart is not None:  # what the first process shows is all there is to see
+            execute(resolved, registry, resume=resume, fresh=fresh, apart=apart)
+            return
+        with ProgressDisplay(resolved) as show:
+            outcome = execute(
+                resolved, registry, resume=resume, fresh=fresh, listener=show.event, progress=show.progress
+            )
     keep(outcome.path)
     print_summary(outcome, as_json)
 

@@ -7,13 +7,14 @@ from sparsekit.curvature.moments import averaged_rows, block_moments
 from sparsekit.curvature.passes import layer_gradients
 from sparsekit.curvature.products import GaussNewton
 from sparsekit.curvature.rows import gradient_rows, per_example_gradients
-from sparsekit.curvature.sums import RunningSum
+from sparsekit.curvature.sums import RunningSum, SharedSum
 
 __all__ = [
     "GaussNewton",
     "KroneckerFactors",
     "LayerGradients",
     "RunningSum",
+    "SharedSum",
     "averaged_rows",
     "block_moments",
     "gradient_rows",

@@ -7,18 +7,24 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from sparsekit import processes
 from sparsekit.curvature.functional import functional_gradients, one_by_one
 from sparsekit.curvature.hooked_layers import HookedLayer, hooked_layers, record_uses
 from sparsekit.curvature.layers import LayerGradients
+from sparsekit.curvature.sums import BATCHES
 from sparsekit.curvature.vectors import FisherKind, output_vectors, refuse_rounding
-from sparsekit.errors import CurvatureError, ModelError
+from sparsekit.errors import CurvatureError, ModelError, SettingsError
 from sparsekit.problem.networks import check_examples_apart
 from sparsekit.problem.objective import Objective, as_found
 from sparsekit.problem.parameters import ParameterSpace
 
 
 def layer_gradients(
-    objective: Objective, fisher: FisherKind = "importance", *, generator: torch.Generator | None = None
+    objective: Objective,
+    fisher: FisherKind = "importance",
+    *,
+    generator: torch.Generator | None = None,
+    shared: bool = False,
 ) -> Iterator[dict[str, LayerGradients]]:
     """Per-example gradients, batch by batch: name of a parameter -> its gradients G_n, in the order of the space.
 
@@ -39,6 +45,8 @@ def layer_gradients(
             All but the last estimate the same matrix. A position's weight in the loss multiplies the square of its
             gradient: one of weight two counts as two, in the empirical Fisher too.
         generator: for what is drawn.
+        shared: whether each process of a run with several takes its share of the batches. Sums over all examples are
+            then `SharedSum`s. What is drawn is the same with any number of processes.
 
     Raises:
         CurvatureError: a gradient is not finite, or the targets of an empirical Fisher are the network's own outputs.
@@ -46,14 +54,9 @@ def layer_gradients(
     """
     model, likelihood, space = objective.model, objective.likelihood, objective.space
     with as_found(model):
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        hooked = hooked_layers(model, space)
-        for layer in hooked:  # the graph must reach the layers' outputs, and no further
-            for parameter in layer.module.parameters(recurse=False):
-                parameter.requires_grad_(True)
-        checked = False
-        for inputs, given, weight in objective.weighted():
+        hooked, checked = _traced(model, space), False
+        batches = _own_share(objective, fisher, generator) if shared and processes.size() > 1 else objective.weighted()
+        for inputs, given, weight in batches:
             with record_uses(hooked), torch.enable_grad():
                 output = model(inputs)
             vectors = output_vectors(likelihood, output, given, fisher, generator)
@@ -75,6 +78,39 @@ def layer_gradients(
                     found[name] = LayerGradients(name, rows.shape[1:], len(vector), rows=rows.to(vector.dtype))
                 _check_finite(found)
                 yield {name: found[name] for name in space.names}
+
+
+def _traced(model: nn.Module, space: ParameterSpace) -> list[HookedLayer]:
+    """The layers with a rule. The graph of a pass reaches their outputs, and no further."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    hooked = hooked_layers(model, space)
+    for layer in hooked:
+        for parameter in layer.module.parameters(recurse=False):
+            parameter.requires_grad_(True)
+    return hooked
+
+
+def _own_share(
+    objective: Objective, fisher: FisherKind, generator: torch.Generator | None
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """This process's batches. For those of the others, what they draw is drawn too: it depends on shapes alone."""
+    shapes: dict[torch.Size, torch.Size] = {}  # of an example's inputs -> of its outputs
+    number = -1
+    for number, (inputs, given, weight) in enumerate(objective.weighted()):
+        if number // BATCHES % processes.size() == processes.rank():
+            yield inputs, given, weight
+        elif fisher in ("importance", "sampled"):
+            if inputs.shape[1:] not in shapes:
+                with torch.no_grad():
+                    shapes[inputs.shape[1:]] = objective.model(inputs[:1]).shape[1:]
+            like = torch.zeros(len(inputs), *shapes[inputs.shape[1:]], dtype=objective.dtype, device=inputs.device)
+            output_vectors(objective.likelihood, like, given, fisher, generator)
+    if number < BATCHES * (processes.size() - 1):
+        raise SettingsError(
+            f"{number + 1} calibration batches are shared by {processes.size()} processes, {BATCHES} at a time, so "
+            "that one at least has none: lower estimator.batch_size, or start fewer processes"
+        )
 
 
 def _check_finite(gradients: Mapping[str, LayerGradients]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekit import processes
 from sparsekit.errors import CurvatureError
 
-#: Tensors that are added up in their own type before they are added to the sum in float64.
+#: Tensors that are added up in their own type before they are added to the sum in float64. Several processes share
+#: batches in groups of so many, so that these parts, and with them the rounding, are the same for any number.
 BATCHES = 8
 
 #: Rows of factors that are collected before they are multiplied: products with fewer are bound by memory.
@@ -26,7 +28,7 @@ class RunningSum:
         self._few: Tensor | None = None
         self._count = 0
         self._factors: list[tuple[Tensor, Tensor]] = []
-        self._rows = 0
+        self._rows = self._products = 0
 
     def add(self, part: Tensor) -> None:
         """Add a tensor, which is given away: it may be changed."""
@@ -39,7 +41,8 @@ class RunningSum:
         """Add XᵀY for X (…, k, p) and Y (…, k, q), which are given away; they may be the same."""
         self._factors.append((X, Y))
         self._rows += X.shape[-2]
-        if self._rows >= ROWS:
+        self._products += 1
+        if self._rows >= ROWS or self._products % BATCHES == 0:
             self._multiply()
 
     def _multiply(self) -> None:
@@ -64,7 +67,12 @@ class RunningSum:
         self._flush()
         if self._total is None:
             raise ValueError("there is no sum of no tensors; give one batch at least")
+        self._total = self._complete(self._total)
         return self._total
+
+    def _complete(self, total: Tensor) -> Tensor:
+        """The sum as it is read."""
+        return total
 
     def mean(self, count: int) -> Tensor:
         """The sum, used up, over `count` examples.
@@ -76,3 +84,26 @@ class RunningSum:
         if not bool(mean.sum().isfinite()) and not bool(mean.isfinite().all()):
             raise CurvatureError("the squares of the gradients overflow; use a model in float64, or scale its loss")
         return mean
+
+
+class SharedSum(RunningSum):
+    """The sum over all processes of a run, for what `layer_gradients(…, shared=True)` gives each of them.
+
+    With one process it is a `RunningSum`. Every process reads the same sums in the same order; a sum that was read
+    takes no more terms.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._read = False
+
+    def add(self, part: Tensor) -> None:
+        if self._read and processes.size() > 1:
+            raise ValueError("a sum that was read over all processes takes no more terms")
+        super().add(part)
+
+    def _complete(self, total: Tensor) -> Tensor:
+        if not self._read:
+            total = processes.summed(total)
+        self._read = True
+        return total

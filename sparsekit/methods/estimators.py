@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit.curvature import RunningSum, layer_gradients, layer_gradients_memory
+from sparsekit.curvature import RunningSum, SharedSum, layer_gradients, layer_gradients_memory
 from sparsekit.errors import CurvatureError
 from sparsekit.linalg import Diagonal
 from sparsekit.methods.block_fisher import BlockFisher
@@ -102,8 +102,8 @@ class DiagonalFisher(CurvatureEstimator[DiagonalFisherSettings]):
 
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
         """F_ii from the squares of gradients, mixed with the previous estimate by `decay`."""
-        totals: defaultdict[str, RunningSum] = defaultdict(RunningSum)
-        for gradients in layer_gradients(objective, self.settings.fisher, generator=generator):
+        totals: defaultdict[str, RunningSum] = defaultdict(SharedSum)
+        for gradients in layer_gradients(objective, self.settings.fisher, generator=generator, shared=True):
             for name, one in gradients.items():
                 one.add_squares(totals[name])
         count = some(objective.count())

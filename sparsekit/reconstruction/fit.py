@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.curvature.passes import layer_gradients
-from sparsekit.curvature.sums import RunningSum
+from sparsekit.curvature.sums import RunningSum, SharedSum
 from sparsekit.curvature.vectors import FisherKind
 from sparsekit.errors import CurvatureError, DataError, ModelError, SettingsError
 from sparsekit.methods.interfaces import ReconstructionSettings
@@ -231,9 +231,9 @@ def output_moments(objective: Objective, fisher: FisherKind, generator: torch.Ge
 
     Only for weights of two or more dimensions. As a weighting, outputs with more sensitive weights count more.
     """
-    totals: defaultdict[str, RunningSum] = defaultdict(RunningSum)
+    totals: defaultdict[str, RunningSum] = defaultdict(SharedSum)
     matrices = [info for info in objective.space.parameters if len(info.shape) > 1]
-    for gradients in layer_gradients(objective, fisher, generator=generator):
+    for gradients in layer_gradients(objective, fisher, generator=generator, shared=True):
         for info in matrices:
             shape = (info.groups, info.shape[0] // info.groups, prod(info.shape[1:]))
             gradients[info.name].add_moments(shape, {0: totals[info.name]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,6 +59,12 @@ class RunDirectory:
     def of(cls, root: Path, task: str, estimator: str, key: str) -> RunDirectory:
         """The folder that a run has under `root`."""
         return cls(Path(root) / f"{task}-{estimator}-{key[:12]}")
+
+    def copied(self, folder: Path) -> RunDirectory:
+        """A copy of the run, as far as there is one, in another folder."""
+        if self.path.exists():
+            shutil.copytree(self.path, folder / self.path.name)
+        return RunDirectory(folder / self.path.name)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

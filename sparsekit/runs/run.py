@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sparsekit import processes
 from sparsekit.errors import RecordError, SparsekitError
 from sparsekit.machine import available_memory, describe_machine, find_device, forget_peak_memory, now
 from sparsekit.methods.interfaces import Task
@@ -23,7 +24,7 @@ from sparsekit.runs.directory import RunDirectory
 from sparsekit.runs.driver import UNTOLD, Driver, Listener, Progress
 from sparsekit.runs.identity import identity as run_identity
 from sparsekit.runs.identity import plugins_used, sources
-from sparsekit.runs.preview import check_sparsities, preview, with_examples
+from sparsekit.runs.preview import Preview, check_sparsities, preview, with_examples
 from sparsekit.runs.schema import RunRecord, run_key
 from sparsekit.runs.settings import ResolvedRun
 from sparsekit.runs.tracking_store import resolve_uri
@@ -53,6 +54,7 @@ def execute(
     resume: bool = False,
     fresh: bool = False,
     shared: SharedStatistics | None = None,
+    apart: Path | None = None,
     listener: Listener = lambda event: None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Outcome:
@@ -62,11 +64,13 @@ def execute(
     after its last whole step) or `fresh` (discard it) is given. The statistics of the first update are taken from
     `shared` if an earlier run of this process has stored them there; otherwise they are stored for later runs.
 
+    With several processes (`processes.group`) each does the whole run; all but the first do it in a folder `apart`.
+
     Raises:
         SparsekitError: any error that a user can correct.
     """
     device, tracking = find_device(resolved.settings.device), resolved.settings.tracking
-    uri = resolve_uri(tracking.uri, Path(resolved.settings.output)) if tracking.enabled else None
+    uri = resolve_uri(tracking.uri, Path(resolved.settings.output)) if tracking.enabled and not apart else None
     shown = preview(resolved)
     task = resolved.task.build()
     asked, resolved = resolved, with_examples(resolved, task)
@@ -76,6 +80,9 @@ def execute(
     model, prepared = _dense(task, device, progress)
     identity = run_identity(resolved, registry, sources(task, model), device)
     directory = RunDirectory.of(Path(resolved.settings.output), task.name, estimator.name, run_key(identity))
+    if apart is not None:
+        directory = directory.copied(apart)
+    processes.barrier()  # nothing has changed before all have copied it
     with directory.lock():
         found = None if fresh else _found(directory, resume)
         if found is not None and found.status == "finished":
@@ -85,25 +92,39 @@ def execute(
             estimator = resolved.estimator.build(space)
         if fresh:
             directory.discard()
-        record = RunRecord(
-            key=run_key(identity),
-            task=task.name,
-            estimator=estimator.name,
-            settings=resolved.as_dict(),
-            identity=identity,
-            started=now(),
-            machine=describe_machine(device),
-            plugins=plugins_used(resolved, registry),
-            structures={name: how for name, how in shown.structures.items() if name in space},
-            parameters={"prunable": space.size, "total": space.total, "skipped": space.skipped},
-            path="independent" if resolved.independent else "sequential",
-            dense={},
-            seconds={"prepare": prepared},
-            degraded=degraded,
-        )
+        record = _begun(resolved, registry, identity, device, space, shown, prepared, degraded)
         driver = Driver(resolved, task, model, space, estimator, directory, record, uri, shared)
         finished = driver.run(found is not None, listener, progress)
     return Outcome(finished, directory.path, False, uri if driver.untold is None else None)
+
+
+def _begun(
+    resolved: ResolvedRun,
+    registry: Registry,
+    identity: dict[str, object],
+    device: torch.device,
+    space: ParameterSpace,
+    shown: Preview,
+    prepared: float,
+    degraded: list[str],
+) -> RunRecord:
+    """The record of a run before its first step."""
+    return RunRecord(
+        key=run_key(identity),
+        task=resolved.names["task"],
+        estimator=resolved.names["estimator"],
+        settings=resolved.as_dict(),
+        identity=identity,
+        started=now(),
+        machine=describe_machine(device),
+        plugins=plugins_used(resolved, registry),
+        structures={name: how for name, how in shown.structures.items() if name in space},
+        parameters={"prunable": space.size, "total": space.total, "skipped": space.skipped},
+        path="independent" if resolved.independent else "sequential",
+        dense={},
+        seconds={"prepare": prepared},
+        degraded=degraded,
+    )
 
 
 def _dense(task: Task, device: torch.device, progress: Progress) -> tuple[nn.Module, float]:
@@ -113,7 +134,8 @@ def _dense(task: Task, device: torch.device, progress: Progress) -> tuple[nn.Mod
     task.progress = lambda done, total: progress("prepare", done, total)
     task.device = device
     started = time.perf_counter()
-    model = task.model().to(device)
+    with processes.first_alone():  # the others read what it may have to train
+        model = task.model().to(device)
     return model, time.perf_counter() - started
 
 

@@ -22,7 +22,7 @@ from sparsekit import (
     ParameterSpace,
     SettingsError,
 )
-from sparsekit.curvature import LayerGradients, RunningSum, layer_gradients
+from sparsekit.curvature import LayerGradients, SharedSum, layer_gradients
 from sparsekit.linalg import DirectSum
 from sparsekit_fishleg.auxiliary import Fit, fit
 from sparsekit_fishleg.blocks import Totals
@@ -108,7 +108,7 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
         """Bases, then the spectrum in them, from two passes over the examples; q in closed form."""
         count, decay = objective.count(), self.settings.decay
         labels = generator.get_state()
-        totals: list[Totals] = [defaultdict(RunningSum) for _ in self._blocks]
+        totals: list[Totals] = [defaultdict(SharedSum) for _ in self._blocks]
         for gradients in self._gradients(objective, generator):
             for block, total, one in zip(self._blocks, totals, gradients.values(), strict=True):
                 block.gather_bases(one, total)
@@ -127,7 +127,7 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
 
     def _measure_trace(self, objective: Objective, generator: torch.Generator, like: Tensor) -> None:
         """Measure the trace of F in one pass; at first, set the damping γ and start from Q = I/γ."""
-        totals: Totals = defaultdict(RunningSum)
+        totals: Totals = defaultdict(SharedSum)
         for gradients in self._gradients(objective, generator):
             for name, one in gradients.items():
                 one.add_squared_norms(totals[name])
@@ -159,7 +159,7 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
         return fit(self._blocks, batch, held_out, self.settings, damping=self._fitted, generator=generator, like=like)
 
     def _gradients(self, objective: Objective, generator: torch.Generator) -> Iterator[dict[str, LayerGradients]]:
-        return layer_gradients(objective, self.settings.fisher, generator=generator)
+        return layer_gradients(objective, self.settings.fisher, generator=generator, shared=True)
 
     def inverse(self, damping: float | None = None) -> InverseFisher:
         """Q; at another damping, the curvature 1/q − γ with that damping instead."""

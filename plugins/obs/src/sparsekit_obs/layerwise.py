@@ -21,6 +21,7 @@ from sparsekit import (
 )
 from sparsekit.curvature import (
     RunningSum,
+    SharedSum,
     input_moments,
     input_moments_memory,
     layer_gradients,
@@ -98,8 +99,8 @@ class LayerwiseSurgeon(CurvatureEstimator[LayerwiseSettings]):
                 energy = (W @ moment * W).sum() / 2
                 found[name] = torch.full((w.shape[0],), 1 / max(float(energy), 1e-300)).to(moment)
         if self.settings.allocation == "fisher":
-            lengths: defaultdict[str, RunningSum] = defaultdict(RunningSum)
-            for gradients in layer_gradients(objective, self.settings.fisher, generator=generator):
+            lengths: defaultdict[str, RunningSum] = defaultdict(SharedSum)
+            for gradients in layer_gradients(objective, self.settings.fisher, generator=generator, shared=True):
                 for name, one in gradients.items():
                     one.add_squared_norms(lengths[name])
             for name, total in lengths.items():
