@@ -111,6 +111,7 @@ class Reconstruction:
         self._passes = Passes(model, dense, space, batches, positions=settings.positions, cache=cache)
         self._weights, self._space = LayerWeights(model, space, mask), space
         self._renewed = RenewedNorms(model, dense) if statistics_anew else None
+        self._dense_weights = LayerWeights(dense, space, mask)
         self._layers, self.left = self._regressions(model, dense)
         for layer in self._layers:
             if not settings.ridge and layer.rows < layer.width:
@@ -220,7 +221,8 @@ class Reconstruction:
         new, before, scale, iterations, residual = solution
         errors = [moments.error(V, scale) for moments in (fitted, held) for V in (before, new)]
         if self._renewed is not None:
-            new = self._renewed.renew(layer, before, new, fitted, scale)
+            kept = self._weights.kept(layer, W)
+            new = self._renewed.renew(layer, self._dense_weights.read(layer) * kept, new, fitted, scale)
         self._weights.write(layer, new, scale)
         seconds = time.perf_counter() - begun
         return LayerFit(name, errors[0], errors[1], errors[2], errors[3], iterations, residual, seconds)

@@ -41,40 +41,40 @@ class RenewedNorms:
         self._statistics: dict[str, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def renew(self, layer: Regression, before: Tensor, W: Tensor, moments: Moments, scale: float | None) -> Tensor:
+    def renew(self, layer: Regression, dense: Tensor, W: Tensor, moments: Moments, scale: float | None) -> Tensor:
         """Take over the statistics of a layer's new outputs, if a normalisation follows it.
 
-        A normalisation makes the length of a filter meaningless, so that each keeps the length that it had: that of the
-        cut, at which learning rates and weight decay mean what they did.
+        A normalisation makes the length of a filter meaningless, so each gets the length of its kept weights in the
+        dense network, at which learning rates and weight decay mean what they did.
 
         Args:
             layer: the regression.
-            before: its weights before the fit, (g, out, in + 1); the last input is the constant `scale`.
-            W: after it.
+            dense: its kept weights in the dense network, (g, out, in + 1).
+            W: the fitted ones; the last input is the constant `scale`.
             moments: of the fitted examples.
             scale: of the constant input; None without one, and then nothing is renewed.
 
         Returns:
-            The weights to be written, W or its rows at their former lengths.
+            The weights to be written, W or its rows at other lengths.
         """
         if layer.after is None or scale is None:
             return W
         now, dense_norm = layer.after
         name = now.name.rpartition(".")[0]
-        norm, dense = self._pruned.get_submodule(name), self._dense.get_submodule(name)
-        if not (isinstance(norm, _BatchNorm) and isinstance(dense, _BatchNorm)):
+        norm, theirs = self._pruned.get_submodule(name), self._dense.get_submodule(name)
+        if not (isinstance(norm, _BatchNorm) and isinstance(theirs, _BatchNorm)):
             return W
-        lengths = [V[:, :, :-1].norm(dim=2, keepdim=True) for V in (before, W)]
+        lengths = [V[:, :, :-1].norm(dim=2, keepdim=True) for V in (dense, W)]
         W = W * torch.where((lengths[0] > 0) & (lengths[1] > 0), lengths[0] / lengths[1], 1.0)
         mean, variance = output_statistics(W, moments, scale)
         if layer.norms is None:  # the layer has a bias of its own
             mean = mean + W[:, :, -1].flatten() * scale
-        norm.weight.copy_(dense.weight)
-        norm.bias.copy_(dense.bias)
+        norm.weight.copy_(theirs.weight)
+        norm.bias.copy_(theirs.bias)
         self._statistics[name] = mean, variance
         self._write(norm, mean, variance)
         spread = (variance.to(now.scale) + norm.eps).sqrt()
-        layer.after = now._replace(mean=mean.to(now.mean), scale=norm.weight / spread, bias=dense.bias), dense_norm
+        layer.after = now._replace(mean=mean.to(now.mean), scale=norm.weight / spread, bias=theirs.bias), dense_norm
         if layer.norms is not None:
             layer.norms = layer.after
             W = torch.cat([W[:, :, :-1], torch.zeros_like(W[:, :, -1:])], dim=2)  # the affine map is the dense one

@@ -101,8 +101,7 @@ def pruned(network, data, **settings):
         loss="categorical",
         sparsity=0.8,
         estimator={"name": "diagonal", "examples": 64},
-        compensation="none",
-        **settings,
+        **{"compensation": "none", **settings},
     )
 
 
@@ -150,11 +149,12 @@ def test_examples_are_as_many_as_there_are(network, data):
     assert pruned(network, data[:2], batch_norm="anew").steps[-1].batch_norm_increase is not None
 
 
-def test_filters_keep_their_lengths_in_a_fit(network, data):
+@pytest.mark.parametrize("compensation", ["none", "exact"])
+def test_filters_keep_their_dense_lengths_in_a_fit(network, data, compensation):
     """A normalisation makes a filter's length meaningless, so a fit does not let it grow."""
     trained(network, data)
     masked = pruned(network, data).model
-    fitted = pruned(network, data, reconstruct="layerwise", batch_norm="anew").model
+    fitted = pruned(network, data, reconstruct="layerwise", batch_norm="anew", compensation=compensation).model
     for layer in (0, 3):
         lengths = [net[layer].weight.detach().flatten(1).norm(dim=1) for net in (masked, fitted)]
         torch.testing.assert_close(*lengths)
