@@ -36,6 +36,7 @@ from sparsekit.registry.hookspecs import hookimpl
 from sparsekit.removal import InverseFisher, Removal
 
 _moved.install()
+__getattr__ = _moved.attribute
 
 __all__ = [
     "Bernoulli",

@@ -44,10 +44,26 @@ class _Finder(MetaPathFinder, Loader):
         return ModuleSpec(name, self) if package == "sparsekit" and old in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        new = f"sparsekit.{MOVED[module.__name__.rpartition('.')[2]]}"
-        message = f"{module.__name__} is now {new}; import it from there, or its public names from sparsekit"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)  # frames of the import itself are not counted
-        sys.modules[module.__name__] = import_module(new)
+        old = module.__name__.rpartition(".")[2]
+        _say(old, stacklevel=3)  # frames of the import itself are not counted
+        sys.modules[module.__name__] = import_module(f"sparsekit.{MOVED[old]}")
+
+
+def _say(old: str, stacklevel: int) -> None:
+    message = f"sparsekit.{old} is now sparsekit.{MOVED[old]}; import it from there, or its public names from sparsekit"
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+
+
+def attribute(old: str) -> ModuleType:
+    """The module that `sparsekit.<old>` was, without an import of it: the package's attribute.
+
+    Raises:
+        AttributeError: there was none.
+    """
+    if old not in MOVED:
+        raise AttributeError(f"module 'sparsekit' has no attribute '{old}'")
+    _say(old, stacklevel=3)
+    return import_module(f"sparsekit.{MOVED[old]}")
 
 
 def install() -> None:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import sparsekit
 from sparsekit._moved import MOVED
 
 
@@ -23,3 +24,17 @@ def test_the_warning_points_at_the_line_that_imports():
     with pytest.warns(DeprecationWarning) as caught:
         import sparsekit.estimators  # noqa: F401
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_an_old_name_is_an_attribute_of_the_package_too(old):
+    vars(sparsekit).pop(old, None)  # an import binds it
+    with pytest.warns(DeprecationWarning, match=rf"sparsekit\.{old} is now") as caught:
+        module = getattr(sparsekit, old)
+    assert module is importlib.import_module(f"sparsekit.{MOVED[old]}")
+    assert caught[0].filename == __file__
+
+
+def test_what_was_never_there_is_no_attribute():
+    with pytest.raises(AttributeError, match="module 'sparsekit' has no attribute 'nothing'"):
+        sparsekit.nothing  # noqa: B018
