@@ -2,15 +2,14 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from torch import multiprocessing
 
 from sparsekit import processes
-from sparsekit.curvature import SharedSum
 
 RUN = ["run", "--task", "digits", "--sparsity", "0.8", "--schedule", "one-shot", "--set", "finetune.epochs=0"]
 RUN += ["--set", "estimator.examples=128", "--set", "estimator.batch_size=4", "--no-tracking"]
@@ -79,32 +78,34 @@ def test_more_processes_than_batches_are_refused(tmp_path):
     assert "2 calibration batches are shared by 2 processes, 8 at a time" in done.stderr
 
 
-def dying(rank, port, told):
-    os.environ.update(
-        {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    )
-    with processes.group("cpu"):
-        if rank == 1:
-            os._exit(9)
-        try:
-            for _ in range(100):
-                total = SharedSum()
-                total.add(torch.ones(1000))
-                total.value()
-        except processes.ProcessError as error:
-            told.write_text(str(error))
-            os._exit(0)
+DYING = """
+import os
+import torch
+from sparsekit import processes
+from sparsekit.curvature import SharedSum
+
+with processes.group("cpu"):
+    if processes.rank() == 1:
+        os._exit(9)
+    for _ in range(100):
+        total = SharedSum()
+        total.add(torch.ones(1000))
+        total.value()
+"""
 
 
-def test_a_process_that_dies_is_named(tmp_path):
-    context, told = multiprocessing.get_context("spawn"), tmp_path / "told"
-    port = str(29_400 + os.getpid() % 500)
-    workers = [context.Process(target=dying, args=(rank, port, told)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=120)
-    assert told.read_text().startswith("process 0 of 2: process 1 has ended")
+def test_a_process_that_dies_is_named():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    workers = [
+        subprocess.Popen([sys.executable, "-c", DYING], env={**shared, "RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    told = [worker.communicate(timeout=120)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [1, 9]
+    assert "ProcessError: process 0 of 2: process 1 has ended in the middle of the run" in told[0]
 
 
 def test_one_process_is_no_group():
