@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparsekit.methods.estimator import CurvatureEstimator, EstimatorSettings
-from sparsekit.methods.pattern import Pattern, Units
+from sparsekit.methods.pattern import Pattern, Trial, Units
 from sparsekit.methods.saliency import Saliency, ScoreContext
 from sparsekit.methods.schedule import Schedule
 from sparsekit.methods.settings import (
@@ -37,6 +37,7 @@ __all__ = [
     "Split",
     "Task",
     "TaskSettings",
+    "Trial",
     "Units",
     "measure",
 ]

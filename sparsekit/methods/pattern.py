@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Generic
+from typing import ClassVar, Generic, Protocol
 
 from torch import Tensor
 
@@ -23,6 +23,17 @@ class Units:
 
     index: Tensor
     removed: int
+
+
+class Trial(Protocol):
+    """Measures what a cut would do, and leaves everything as it was."""
+
+    def __call__(self, chosen: Tensor, examples: int) -> float:
+        """The increase of the mean loss where the weights `chosen`, (n,) bool, go and others compensate as in the run.
+
+        It is measured on so many of the calibration examples, rounded up to whole batches.
+        """
+        ...
 
 
 class Pattern(ABC, Generic[SettingsT]):
@@ -52,6 +63,13 @@ class Pattern(ABC, Generic[SettingsT]):
     def has_groups(cls) -> bool:
         """Whether the pattern has groups."""
         return cls.units is not Pattern.units
+
+    def rescore(self, scores: Tensor, mask: Mask, space: ParameterSpace, trial: Trial) -> Tensor:
+        """(n,) the scores to choose by; by default those of the saliency.
+
+        For patterns that try before they choose. Where levels begin at the same weights it is called for the first.
+        """
+        return scores
 
     @abstractmethod
     def choose(self, scores: Tensor, mask: Mask, count: int, space: ParameterSpace) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -12,8 +12,8 @@ from sparsekit.curvature import GaussNewton
 from sparsekit.errors import CurvatureError, SettingsError
 from sparsekit.linalg import MatrixFree
 from sparsekit.methods.contracts import scores_of
-from sparsekit.methods.interfaces import CompensationSettings, Pattern, Saliency, ScoreContext, Units
-from sparsekit.problem.objective import Objective
+from sparsekit.methods.interfaces import CompensationSettings, Pattern, Saliency, ScoreContext, Trial, Units
+from sparsekit.problem.objective import Batch, Objective
 from sparsekit.problem.parameters import Mask, ParameterSpace
 from sparsekit.removal import InverseFisher, Removal
 
@@ -62,7 +62,7 @@ class Surgeon:
         """
         space, how = objective.space, self.compensation
         context = _Context(weights, mask, inverse, objective, self.pattern.units(space), generator)
-        scores = self._scores if as_before and self._scores is not None else self._scored(context)
+        scores = self._scores if as_before and self._scores is not None else self._scored(context, objective)
         chosen = self.pattern.choose(scores, mask, self.pattern.count(space, sparsity), space)
         gradient = how.first_order * context.gradient if how.first_order else None
         if how.how == "exact":
@@ -71,14 +71,34 @@ class Surgeon:
             removal = inverse.remove(weights, mask, chosen, how.how, gradient, how.scale)
         return removal, mask.without(chosen)
 
-    def _scored(self, context: ScoreContext) -> Tensor:
+    def _scored(self, context: ScoreContext, objective: Objective) -> Tensor:
         before = context.generator.get_state()
         scores = scores_of(self.saliency, context)
         if not bool(scores[context.mask.kept].isfinite().all()):
             raise CurvatureError(f"the saliency '{self.saliency.name}' gave scores that are not finite")
+        scores = self.pattern.rescore(scores, context.mask, context.space, self._trial(context, objective))
         drew = not torch.equal(before, context.generator.get_state())
         self._scores = scores if self.remembers and not drew else None
         return scores
+
+    def _trial(self, context: ScoreContext, objective: Objective) -> Trial:
+        """Trials on the model of the objective, which has the context's weights before and after each."""
+        how = "joint" if self.compensation.how == "exact" else self.compensation.how  # the estimator's own Σ
+        before: dict[int, float] = {}
+        space, weights = context.space, context.weights
+
+        def trial(chosen: Tensor, examples: int) -> float:
+            some = _beginning(objective, examples)
+            if examples not in before:
+                before[examples] = some.loss()
+            delta = context.inverse.remove(weights, context.mask, chosen, how, None, self.compensation.scale).delta
+            space.write(objective.model, (weights + delta).masked_fill(chosen, 0.0))
+            try:
+                return some.loss() - before[examples]
+            finally:
+                space.write(objective.model, weights)
+
+        return trial
 
     def _exact(self, inverse: InverseFisher, objective: Objective) -> InverseFisher:
         """Σ of the calibration examples' Gauss-Newton matrix; the estimator's Σ is the preconditioner."""
@@ -90,6 +110,16 @@ class Surgeon:
             max_iterations=self.compensation.max_iterations,
         )
         return InverseFisher(operator, gamma)
+
+
+def _beginning(objective: Objective, examples: int) -> Objective:
+    """The objective on its first batches, as many as have that many examples."""
+    taken: list[Batch] = []
+    for batch in objective.batches:
+        if sum(len(inputs) for inputs, _ in taken) >= examples:
+            break
+        taken.append(batch)
+    return replace(objective, batches=taken, share=objective.mean_share)
 
 
 class _Context(ScoreContext):

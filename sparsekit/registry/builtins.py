@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from sparsekit.methods.estimators import DiagonalFisher, Identity
 from sparsekit.methods.interfaces import CurvatureEstimator, Pattern, Saliency, Schedule, Task
+from sparsekit.methods.measured_rates import MeasuredRates
 from sparsekit.methods.patterns import NM, Block, Uniform, Unstructured
 from sparsekit.methods.saliencies import Magnitude, OptimalBrainSurgeon, Random, RowSurgeon
 from sparsekit.methods.schedules import Cubic, Exponential, Linear, OneShot
@@ -31,8 +32,8 @@ def sparsekit_schedules() -> Sequence[type[Schedule]]:
 
 @hookimpl
 def sparsekit_patterns() -> Sequence[type[Pattern]]:
-    """`unstructured`, `uniform`, `n:m` and `block`."""
-    return [Unstructured, Uniform, NM, Block]
+    """`unstructured`, `uniform`, `measured-rates`, `n:m` and `block`."""
+    return [Unstructured, Uniform, MeasuredRates, NM, Block]
 
 
 @hookimpl
