@@ -21,6 +21,7 @@ from sparsekit import (
 )
 from sparsekit.testing import block_mask, dense_fisher, dense_inverse
 from sparsekit_fishleg.estimator import FishLeg
+from sparsekit_fishleg.products import layer_product
 from sparsekit_fishleg.settings import FishLegSettings
 
 DAMPING = 0.05
@@ -463,3 +464,75 @@ def test_a_layer_that_is_removed_whole():
     chosen[-1] = True
     second = made.inverse().remove(weights + first.delta, Mask(~gone), chosen)
     assert (second.delta[gone] == 0).all() and second.delta.isfinite().all() and second.increase > 0
+
+
+def part(objective, first, last):
+    return replace(objective, batches=objective.batches[first:last])
+
+
+def test_bases_from_one_half_and_the_spectrum_from_the_other():
+    objective = problem()  # 12 batches
+    made, _ = estimator(objective, spectrum="others", damping_scale="relative")
+    first, _ = estimator(part(objective, 0, 6))
+    second = dense_fisher(part(objective, 6, 12), "exact")
+    for i, info in enumerate(objective.space.parameters):
+        state = made.state_dict()
+        bases = [state[name] for name in sorted(state) if name.startswith(f"{i}.basis")]
+        assert all(torch.equal(state[f"{i}.basis{k}"], first.state_dict()[f"{i}.basis{k}"]) for k in range(len(bases)))
+        U = torch.kron(bases[0][0], bases[1][0]) if bases else torch.eye(info.size, dtype=torch.float64)
+        spectrum = (U.mT @ second[info.slice, info.slice] @ U).diagonal()
+        assert_close(state[f"{i}.spectrum"].flatten(), spectrum)
+    assert_close(made.inverse().damping, DAMPING * float(second.diagonal().mean()))
+
+
+def test_a_spectrum_from_others_is_right_on_average_where_one_sample_is_too_small():
+    """Of a layer with as many inputs as examples the last eigenvalues of a sample are far below the true ones."""
+    model = nn.Linear(40, 1, bias=False).double()
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(80, 40, generator=draw, dtype=torch.float64)  # moments: the identity
+    batches = list(zip(inputs.split(8), torch.zeros(10, 8, 1, dtype=torch.float64), strict=True))
+    objective = Objective(model, Gaussian(), batches, ParameterSpace.of(model))
+    lowest = {
+        given: float(
+            estimator(objective, spectrum=given)[0].state_dict()["0.spectrum"].flatten().sort().values[:4].mean()
+        )
+        for given in ("same", "others")
+    }
+    assert lowest["same"] < 0.2 < 0.5 < lowest["others"] < 1.5
+
+
+def test_auxiliary_steps_take_fresh_examples(monkeypatch):
+    objective, seen = problem(), []
+
+    def spy(one, *rest):
+        seen.append([inputs for inputs, _ in one.batches])
+        return layer_product(one, *rest)
+
+    monkeypatch.setattr("sparsekit_fishleg.estimator.layer_product", spy)
+    made, _ = estimator(objective, batch_size=8, start_examples=24, auxiliary_steps=5, auxiliary_learning_rate=1e-9)
+    steps = [batches[0] for batches in seen if len(batches) == 1]
+    fresh = [inputs for inputs, _ in objective.batches[3:8]]
+    assert all(torch.equal(one, other) for one, other in zip(steps, fresh, strict=True))
+    alone, _ = estimator(part(objective, 0, 3))
+    assert torch.equal(made.state_dict()["0.basis0"], alone.state_dict()["0.basis0"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"start_examples": 96, "auxiliary_steps": 5}, "leaves none of 10 calibration batches for auxiliary steps"),
+        ({"spectrum": "others", "batch_size": 96}, "needs two calibration batches at least"),
+    ],
+)
+def test_too_few_batches_for_their_uses_are_refused_before_any_gradient(settings, message):
+    objective = problem(batch=settings.get("batch_size", 8))
+    given = FishLegSettings(**{"examples": 96, "batch_size": 8, "held_out": 0.2, **settings})
+    with pytest.raises(SettingsError, match=message):
+        FishLeg.check(objective.model, objective.space, given, PLENTY)
+    with pytest.raises(DataError, match=message):
+        FishLeg(objective.space, given).update(objective, generator=torch.Generator())
+
+
+def test_start_examples_without_steps_are_refused():
+    with pytest.raises(ValidationError, match="set auxiliary_steps"):
+        FishLegSettings(start_examples=64)

@@ -30,8 +30,7 @@ from sparsekit_fishleg.diagnostics import diagnose
 from sparsekit_fishleg.memory import blocks_of, peak_bytes
 from sparsekit_fishleg.products import FisherProduct, layer_product, network_product
 from sparsekit_fishleg.settings import FishLegSettings
-
-REMEDY = "give more estimator.examples, lower estimator.batch_size, or set estimator.auxiliary_steps=0"
+from sparsekit_fishleg.shares import REMEDY, division, halves, shares
 
 
 class FishLeg(CurvatureEstimator[FishLegSettings]):
@@ -68,27 +67,17 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
             of log diag Q⁻¹ with log diag H; `{name}/diagonal_ratio`, the exponential of their mean difference.
 
         Raises:
-            DataError: no batch is left to learn from once some are held out.
+            DataError: too few batches for what they are divided into.
             CurvatureError: a gradient or a product is not finite, or the auxiliary fit diverges.
         """
-        given, settings = objective.batches, self.settings
-        batches = given if isinstance(given, Sequence) else list(given)  # a sequence may be lazy, or tell of progress
-        held = settings.held_out_batches(len(batches))
-        if held and held >= len(batches):
-            raise DataError(
-                f"fishleg holds out {held} of {len(batches)} calibration batches to judge its fit and has none to "
-                f"learn from; {REMEDY}"
-            )
-        objective = replace(objective, share=objective.mean_share)  # parts of it weigh their examples as the whole does
-        seen = replace(objective, batches=batches[: len(batches) - held])
+        settings, share = self.settings, shares(objective, self.settings)
         like = torch.empty(0, dtype=objective.dtype, device=objective.device)
         if self._fitted is None or settings.refresh == "moments":
             start = self._measure_trace if settings.start == "identity" else self._assimilate
-            start(seen, generator, like)
+            start(share.closed_form, generator, like)
         figures = {"mean_diagonal": self._mean_diagonal}
-        kept_back = replace(objective, batches=batches[len(batches) - held :])
         if settings.auxiliary_steps:
-            done = self._refine(seen, kept_back, generator, like)
+            done = self._refine(share.steps, share.held, generator, like)
             figures |= {
                 "auxiliary_steps": float(done.steps),
                 "auxiliary_back_offs": float(done.back_offs),
@@ -96,7 +85,7 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
                 "residual_after": done.after,
             }
         if settings.diagnostics:
-            figures |= self._diagnose(kept_back, generator)
+            figures |= self._diagnose(share.held, generator)
         return figures
 
     def _diagnose(self, held: Objective, generator: torch.Generator) -> dict[str, float]:
@@ -105,17 +94,22 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
         return diagnose(inverse.operator, inverse.damping, held, self.settings.fisher, u, generator)
 
     def _assimilate(self, objective: Objective, generator: torch.Generator, like: Tensor) -> None:
-        """Bases, then the spectrum in them, from two passes over the examples; q in closed form."""
-        count, decay = objective.count(), self.settings.decay
+        """Bases, then the spectrum in them, from two passes over the examples or one over each half; then q."""
+        decay, bases, spectrum = self.settings.decay, objective, objective
+        if self.settings.spectrum == "others":
+            bases, spectrum = halves(objective)
+        count = bases.count()
         labels = generator.get_state()
         totals: list[Totals] = [defaultdict(SharedSum) for _ in self._blocks]
-        for gradients in self._gradients(objective, generator):
+        for gradients in self._gradients(bases, generator):
             for block, total, one in zip(self._blocks, totals, gradients.values(), strict=True):
                 block.gather_bases(one, total)
         for block, total in zip(self._blocks, totals, strict=True):
             block.set_bases(total, count, decay, like.dtype)
-        generator.set_state(labels)  # the same sampled labels: the basis and its spectrum belong together
-        for gradients in self._gradients(objective, generator):
+        if spectrum is bases:
+            generator.set_state(labels)  # the same sampled labels: the basis and its spectrum belong together
+        count = spectrum.count()
+        for gradients in self._gradients(spectrum, generator):
             for block, total, one in zip(self._blocks, totals, gradients.values(), strict=True):
                 block.gather_spectrum(one, total)
         # The bases are orthogonal: the trace of F is the sum of its spectra.
@@ -210,7 +204,7 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
 
     @classmethod
     def check(cls, model: nn.Module, space: ParameterSpace, settings: FishLegSettings, available: Memory) -> None:
-        """Also refuse a calibration set that is held out as a whole."""
+        """Also refuse a calibration set with too few batches for what it is divided into."""
         count = -(-settings.examples // settings.batch_size)
         held = settings.held_out_batches(count)
         if held and held >= count:
@@ -220,6 +214,10 @@ class FishLeg(CurvatureEstimator[FishLegSettings]):
                 f"{settings.batch_size}) to judge its fit and has none to learn from; at least "
                 f"{(needed - 1) * settings.batch_size + 1} examples are needed: {REMEDY}"
             )
+        try:
+            division(count, settings)
+        except DataError as error:
+            raise SettingsError(str(error)) from None
         super().check(model, space, settings, available)
 
     @classmethod

@@ -33,7 +33,18 @@ class FishLegSettings(EstimatorSettings):
     decay: float = Field(
         0.2, ge=0, lt=1, description="weight of what was known when new moments are assimilated; 0: afresh"
     )
+    spectrum: Literal["same", "others"] = Field(
+        "same",
+        description="the spectrum is measured on the examples that the bases come from, or bases come from the first "
+        "half of the batches and the spectrum from the others: in one sample its last entries come out too small",
+    )
     auxiliary_steps: int = Field(0, ge=0, description="at most so many for each update, not counting undone ones")
+    start_examples: int | None = Field(
+        None,
+        ge=1,
+        description="examples of the closed form, in whole batches; auxiliary steps then take fresh ones, a batch of "
+        "the others each; null: all examples for both",
+    )
     auxiliary_learning_rate: float = Field(1e-3, gt=0, description="Adam's, on log q and on relative factors")
     probes: int = Field(8, ge=1, description="Gaussian u for each auxiliary step")
     check_every: int = Field(5, ge=1, description="auxiliary steps between looks at the held-out residual")
@@ -58,6 +69,8 @@ class FishLegSettings(EstimatorSettings):
         for name, value in (("refresh", "auxiliary"), ("start", "identity")):
             if getattr(self, name) == value and not self.auxiliary_steps:
                 raise ValueError(f"{name}={value} learns by auxiliary steps; set auxiliary_steps, 20 for example")
+        if self.start_examples is not None and not self.auxiliary_steps:
+            raise ValueError("start_examples leaves the others to auxiliary steps; set auxiliary_steps, 20 for example")
         return self
 
     @property
