@@ -1,5 +1,6 @@
 """What is measured from an objective: gradient rows, their moments, Fisher products. No inverse is taken here."""
 
+from sparsekit.curvature.fisher_diagonal import fisher_diagonal
 from sparsekit.curvature.inputs import input_moments, input_moments_memory, layer_groups
 from sparsekit.curvature.kronecker_factors import KroneckerFactors, kronecker_factors
 from sparsekit.curvature.layers import LayerGradients, layer_gradients_memory
@@ -17,6 +18,7 @@ __all__ = [
     "SharedSum",
     "averaged_rows",
     "block_moments",
+    "fisher_diagonal",
     "gradient_rows",
     "input_moments",
     "input_moments_memory",

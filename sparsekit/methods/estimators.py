@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -10,13 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit.curvature import RunningSum, SharedSum, layer_gradients, layer_gradients_memory
+from sparsekit.curvature import fisher_diagonal, layer_gradients_memory
 from sparsekit.errors import CurvatureError
 from sparsekit.linalg import Diagonal
 from sparsekit.methods.block_fisher import BlockFisher
 from sparsekit.methods.block_settings import BlockFisherSettings
 from sparsekit.methods.estimator import CurvatureEstimator, EstimatorSettings
-from sparsekit.problem.objective import Objective, some
+from sparsekit.problem.objective import Objective
 from sparsekit.problem.parameters import ParameterSpace
 from sparsekit.removal import InverseFisher
 
@@ -102,12 +101,7 @@ class DiagonalFisher(CurvatureEstimator[DiagonalFisherSettings]):
 
     def update(self, objective: Objective, *, generator: torch.Generator) -> Mapping[str, float]:
         """F_ii from the squares of gradients, mixed with the previous estimate by `decay`."""
-        totals: defaultdict[str, RunningSum] = defaultdict(SharedSum)
-        for gradients in layer_gradients(objective, self.settings.fisher, generator=generator, shared=True):
-            for name, one in gradients.items():
-                one.add_squares(totals[name])
-        count = some(objective.count())
-        new = torch.cat([totals[name].mean(count).to(objective.dtype).flatten() for name in self.space.names])
+        new = fisher_diagonal(objective, self.settings.fisher, generator=generator)
         old, decay = self._diagonal, self.settings.decay
         self._diagonal = new if old is None else decay * old + (1 - decay) * new
         return {"mean_diagonal": float(self._diagonal.double().mean())}

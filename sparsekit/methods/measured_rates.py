@@ -1,4 +1,4 @@
-"""Rates of layers from measured errors: how many weights each tensor loses is decided by what its loss measures."""
+"""Rates of layers from measured errors: how many weights each tensor loses is decided by trials."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class MeasuredRatesSettings(FloorSettings):
 
 
 class MeasuredRates(Unstructured):
-    """Any weights of the whole space; scores rank within a tensor, measured losses say how many of each go.
+    """Any weights of the whole space; scores rank within a tensor, trials say how many of each go.
 
     From each tensor alone the lowest scores are removed, at a grid of densities, the rest of the tensor compensates as
-    the run's compensation says, and the loss is measured. The numbers n_l are then those that minimise Σ_l e_l(n_l) at
-    the given Σ_l n_l, with e_l the largest convex function below the measured increases: the Lagrangian relaxation of
-    the dynamic program over layers, equal to it wherever its solution lies on these hulls. Every count is exact.
+    the run's compensation says, and the divergence of the predictions from those before is measured. The numbers n_l
+    are then those that minimise Σ_l e_l(n_l) at the given Σ_l n_l, with e_l the largest convex function below what was
+    measured: the Lagrangian relaxation of the dynamic program over layers, equal to it wherever its solution lies on
+    these hulls. Every count is exact.
 
     One set of trials serves all levels that begin at the same weights. Floors, see `unstructured`, hold as well.
 
@@ -41,7 +42,7 @@ class MeasuredRates(Unstructured):
     Settings: ClassVar[type[Settings]] = MeasuredRatesSettings
 
     def rescore(self, scores: Tensor, mask: Mask, space: ParameterSpace, trial: Trial) -> Tensor:
-        """(n,) ranks by marginal measured loss; within a tensor in the order of the scores, ties by index."""
+        """(n,) ranks by marginal measured cost; within a tensor in the order of the scores, ties by index."""
         slopes = torch.zeros_like(scores, dtype=torch.float64)
         places = torch.zeros_like(slopes)  # of weights of one slope: how far down its stretch a weight is
         for info in space.parameters:

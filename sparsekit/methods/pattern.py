@@ -29,9 +29,10 @@ class Trial(Protocol):
     """Measures what a cut would do, and leaves everything as it was."""
 
     def __call__(self, chosen: Tensor, examples: int) -> float:
-        """The increase of the mean loss where the weights `chosen`, (n,) bool, go and others compensate as in the run.
+        """What it costs where the weights `chosen`, (n,) bool, go and others compensate as in the run.
 
-        It is measured on so many of the calibration examples, rounded up to whole batches.
+        The divergence of the network's predictions from those before, in units of the mean loss, on so many of the
+        calibration examples, rounded up to whole batches. Where the likelihood knows none, the increase of the loss.
         """
         ...
 

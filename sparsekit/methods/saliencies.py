@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsekit.linalg import eliminate
 from sparsekit.methods.interfaces import Saliency, ScoreContext, Settings
+from sparsekit.methods.loss_models import PenaltySettings, penalised
 from sparsekit.problem.parameters import ParameterSpace
 
 #: Float64 blocks in memory at a time for each row whose weights `obs-rows` eliminates.
@@ -41,18 +42,18 @@ class Random(Saliency):
 
 
 class OptimalBrainSurgeon(Saliency):
-    """w_i² / (2 Σ_ii): the loss increase of removing weight i alone and moving the others optimally.
+    """w_i² / (2 Σ_ii) + ½ λ w_i²: the loss increase of removing weight i alone and moving the others optimally.
 
     Σ is conditioned on the weights removed before where its structure can be. Reference: Hassibi and Stork, 1993.
     """
 
     name: ClassVar[str] = "obs"
+    Settings: ClassVar[type[Settings]] = PenaltySettings
 
     def score(self, context: ScoreContext) -> Tensor:
         """w_i² / (2 Σ_ii), in units of the loss; zero on removed weights."""
         diagonal = context.inverse.diagonal(context.mask).to(context.weights.dtype)
-        scores = context.weights.square() / (2 * diagonal)
-        return torch.where(context.mask.kept, scores, 0.0)
+        return penalised(context.weights.square() / (2 * diagonal), context, self.settings)
 
 
 class RowSettings(Settings):

@@ -8,6 +8,7 @@ from typing import ClassVar, Generic
 import torch
 from torch import Tensor
 
+from sparsekit.curvature.vectors import FisherKind
 from sparsekit.methods.pattern import Units
 from sparsekit.methods.settings import Settings, SettingsT
 from sparsekit.problem.parameters import Mask, ParameterSpace
@@ -37,6 +38,10 @@ class ScoreContext(ABC):
     def gradient(self) -> Tensor:
         """∇L(w), (n,), on the calibration examples."""
 
+    def diagonal(self, fisher: FisherKind) -> Tensor:
+        """Diag F at w, (n,), on the calibration examples; 'exact' is that of the Gauss-Newton matrix."""
+        raise NotImplementedError(f"{type(self).__name__} does not give the Fisher's diagonal")
+
     @property
     def space(self) -> ParameterSpace:
         """The tensors that the weights come from."""
@@ -65,6 +70,13 @@ class Saliency(ABC, Generic[SettingsT]):
 
     def __init__(self, settings: SettingsT) -> None:
         self.settings = settings
+
+    def predicted(self, context: ScoreContext, delta: Tensor) -> float | None:
+        """The change of the loss that the saliency's own model expects of a cut that moves the weights by δ, (n,).
+
+        By default None: it has none, and the estimator's quadratic model is asked instead.
+        """
+        return None
 
     @abstractmethod
     def score(self, context: ScoreContext) -> Tensor:

@@ -112,7 +112,10 @@ class FinetuneSettings(Settings):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
     batch_size: int = Field(128, ge=1)
-    decay: Literal["cosine", "constant"] = Field("cosine", description="of the learning rate within one step")
+    decay: Literal["cosine", "constant", "stepwise"] = Field(
+        "cosine", description="of the learning rate within one step; stepwise: a tenth after every decay_every epochs"
+    )
+    decay_every: float = Field(60.0, gt=0, description="epochs at each rate of a stepwise decay")
     refine_every: int = Field(
         0,
         ge=0,

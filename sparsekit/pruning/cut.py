@@ -8,11 +8,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sparsekit.curvature import GaussNewton
+from sparsekit.curvature import GaussNewton, fisher_diagonal
+from sparsekit.curvature.vectors import FisherKind
 from sparsekit.errors import CurvatureError, SettingsError
 from sparsekit.linalg import MatrixFree
 from sparsekit.methods.contracts import scores_of
 from sparsekit.methods.interfaces import CompensationSettings, Pattern, Saliency, ScoreContext, Trial, Units
+from sparsekit.problem.networks import as_found, outputs
 from sparsekit.problem.objective import Batch, Objective
 from sparsekit.problem.parameters import Mask, ParameterSpace
 from sparsekit.removal import InverseFisher, Removal
@@ -45,8 +47,8 @@ class Surgeon:
         generator: torch.Generator,
         *,
         as_before: bool = False,
-    ) -> tuple[Removal, Mask]:
-        """The removal that reaches a sparsity, and the mask after it.
+    ) -> tuple[Removal, Mask, float | None]:
+        """The removal that reaches a sparsity, the mask after it, and the change of the loss that the saliency expects.
 
         Args:
             weights: (n,).
@@ -69,7 +71,7 @@ class Surgeon:
             removal = self._exact(inverse, objective).remove(weights, mask, chosen, "joint", gradient, how.scale)
         else:
             removal = inverse.remove(weights, mask, chosen, how.how, gradient, how.scale)
-        return removal, mask.without(chosen)
+        return removal, mask.without(chosen), self.saliency.predicted(context, removal.delta)
 
     def _scored(self, context: ScoreContext, objective: Objective) -> Tensor:
         before = context.generator.get_state()
@@ -84,17 +86,18 @@ class Surgeon:
     def _trial(self, context: ScoreContext, objective: Objective) -> Trial:
         """Trials on the model of the objective, which has the context's weights before and after each."""
         how = "joint" if self.compensation.how == "exact" else self.compensation.how  # the estimator's own Σ
-        before: dict[int, float] = {}
+        before: dict[int, tuple[Objective, float]] = {}
         space, weights = context.space, context.weights
 
         def trial(chosen: Tensor, examples: int) -> float:
-            some = _beginning(objective, examples)
             if examples not in before:
-                before[examples] = some.loss()
+                some = _own_predictions(_beginning(objective, examples))
+                before[examples] = some, some.loss()
+            some, least = before[examples]
             delta = context.inverse.remove(weights, context.mask, chosen, how, None, self.compensation.scale).delta
             space.write(objective.model, (weights + delta).masked_fill(chosen, 0.0))
             try:
-                return some.loss() - before[examples]
+                return some.loss() - least
             finally:
                 space.write(objective.model, weights)
 
@@ -122,6 +125,24 @@ def _beginning(objective: Objective, examples: int) -> Objective:
     return replace(objective, batches=taken, share=objective.mean_share)
 
 
+@torch.no_grad()
+def _own_predictions(objective: Objective) -> Objective:
+    """The objective with the model's own predictions as targets, of which the loss is least at the present weights.
+
+    By the data's targets a small cut changes the loss by its gradient on these few examples: noise, of either sign.
+    Where the likelihood knows no such targets, or weighs positions, the data's are kept.
+    """
+    batches = []
+    with as_found(objective.model):
+        for inputs, targets in objective.on_device():
+            output = outputs(objective.model, inputs)
+            expected = objective.likelihood.expected(output)
+            if expected is None or objective.likelihood.weights(output, targets) is not None:
+                return objective
+            batches.append((inputs, expected))
+    return replace(objective, batches=batches, share=None)
+
+
 class _Context(ScoreContext):
     def __init__(
         self,
@@ -134,6 +155,7 @@ class _Context(ScoreContext):
     ) -> None:
         self._weights, self._mask, self._inverse = weights, mask, inverse
         self._objective, self._units, self._generator = objective, units, generator
+        self._diagonals: dict[FisherKind, Tensor] = {}
 
     @property
     def weights(self) -> Tensor:
@@ -152,6 +174,13 @@ class _Context(ScoreContext):
         if not self._objective.batches:
             raise SettingsError("the saliency needs the gradient, and there are no examples; set estimator.examples")
         return self._objective.gradient()
+
+    def diagonal(self, fisher: FisherKind) -> Tensor:
+        if fisher not in self._diagonals:
+            if not self._objective.batches:
+                raise SettingsError("the saliency needs curvature, and there are no examples; set estimator.examples")
+            self._diagonals[fisher] = fisher_diagonal(self._objective, fisher, generator=self._generator)
+        return self._diagonals[fisher]
 
     @property
     def space(self) -> ParameterSpace:

@@ -10,14 +10,13 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from sparsekit.methods.interfaces import FinetuneSettings
 from sparsekit.problem.likelihoods import Likelihood
 from sparsekit.problem.networks import dense_gradients, refuse_autocast, tensor_outputs
 from sparsekit.problem.objective import Batch, some
 from sparsekit.problem.parameters import Mask, ParameterSpace
-from sparsekit.pruning.training import descend, half_cosine
+from sparsekit.pruning.training import descend, half_cosine, stepwise
 
 
 def finetune(
@@ -64,8 +63,11 @@ def finetune(
         return 0
     rate, momentum, decay = settings.learning_rate, settings.momentum, settings.weight_decay
     optimiser = SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=decay)
-    falls = settings.decay == "cosine"
-    schedule = half_cosine(optimiser, rate, total) if falls else LambdaLR(optimiser, lambda _: 1.0)
+    if settings.decay == "cosine":
+        schedule = half_cosine(optimiser, rate, total)
+    else:
+        every = total if settings.decay == "constant" else max(1, round(settings.decay_every * batches_per_epoch))
+        schedule = stepwise(optimiser, rate, every)
     removed = _removed(model, space, mask)
     with _in_training(model), dense_gradients(model), tensor_outputs(model), torch.enable_grad():
         examples = islice(_endless(batches), total)

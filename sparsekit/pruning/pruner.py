@@ -217,7 +217,7 @@ class Pruner:
         before = _loss(objective)
         mask, constant = self.state.mask, constant_outputs(self.model, calibration)
         assert mask is not None
-        removal = self._cut(step, inverse, objective)
+        removal, expected = self._cut(step, inverse, objective)
         assert self.state.mask is not None
         clock.lap("removal")
         after = _loss(objective)
@@ -227,8 +227,7 @@ class Pruner:
             damping=inverse.damping,
             curvature=curvature,
             loss=before,
-            # other units, such as a layer's own least squares, do not predict the loss
-            predicted_increase=removal.increase if self._is_of_the_loss else math.nan,
+            predicted_increase=self._predicted(removal, expected),
             measured_increase=after - before,
             iterations=removal.iterations,
             residual=removal.residual,
@@ -254,19 +253,25 @@ class Pruner:
             clock.lap("reconstruction")
             yield LayerReconstructed(step, fit)
 
-    def _cut(self, step: Step, inverse: InverseFisher, objective: Objective) -> Removal:
+    def _predicted(self, removal: Removal, expected: float | None) -> float:
+        """By the saliency's model of the loss, else the estimator's; other units than the loss's predict nothing."""
+        if expected is not None and self.compensation.how != "exact":
+            return expected
+        return removal.increase if self._is_of_the_loss else math.nan
+
+    def _cut(self, step: Step, inverse: InverseFisher, objective: Objective) -> tuple[Removal, float | None]:
         """Score, choose and remove; updates the model, the mask and the estimator."""
         assert self.state.mask is not None
         weights = self.space.read(self.model)
         generator = self._generator("saliency", step.index, weights.device)
-        removal, mask = self._surgeon.remove(
+        removal, mask, expected = self._surgeon.remove(
             weights, self.state.mask, step.sparsity, inverse, objective, generator, as_before=_from_dense_again(step)
         )
         self.state.mask = mask
         self.space.write(self.model, weights + removal.delta)
         mask.apply(self.space, self.model)
         self.estimator.shrink(mask)
-        return removal
+        return removal, expected
 
     @property
     def _is_of_the_loss(self) -> bool:

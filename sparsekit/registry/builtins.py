@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from sparsekit.methods.estimators import DiagonalFisher, Identity
 from sparsekit.methods.interfaces import CurvatureEstimator, Pattern, Saliency, Schedule, Task
+from sparsekit.methods.loss_models import LinearModel, OptimalBrainDamage, QuadraticModel
 from sparsekit.methods.measured_rates import MeasuredRates
 from sparsekit.methods.patterns import NM, Block, Uniform, Unstructured
 from sparsekit.methods.saliencies import Magnitude, OptimalBrainSurgeon, Random, RowSurgeon
@@ -20,8 +21,8 @@ def sparsekit_estimators() -> Sequence[type[CurvatureEstimator]]:
 
 @hookimpl
 def sparsekit_saliencies() -> Sequence[type[Saliency]]:
-    """`magnitude`, `random`, `obs` and `obs-rows`."""
-    return [Magnitude, Random, OptimalBrainSurgeon, RowSurgeon]
+    """`magnitude`, `random`, `obs`, `obs-rows`, `linear-model`, `quadratic-model` and `obd`."""
+    return [Magnitude, Random, OptimalBrainSurgeon, RowSurgeon, LinearModel, QuadraticModel, OptimalBrainDamage]
 
 
 @hookimpl

@@ -126,6 +126,12 @@ class Driver:
                 return estimator.update(objective, generator=labels)
             return self.shared.update(key, estimator, objective, labels)
 
+        def measure(model: nn.Module) -> dict[str, float]:
+            found = dict(task.measure(model, resolved.settings.split))
+            for split in resolved.settings.also_measured:
+                found |= {f"{split}/{name}": value for name, value in task.measure(model, split).items()}
+            return found
+
         return Pruner(
             model=self.model,
             space=self.space,
@@ -136,7 +142,7 @@ class Driver:
             compensation=resolved.settings.compensation,
             steps=self.plan,
             calibration=calibration,
-            measure=lambda model: task.measure(model, resolved.settings.split),
+            measure=measure,
             seed=resolved.settings.seed,
             reconstruction=resolved.settings.reconstruction,
             anchors=anchors,

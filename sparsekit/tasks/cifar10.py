@@ -1,4 +1,4 @@
-"""`cifar10`: the ResNet-20 family from a dense checkpoint, or ResNet-18 trained here, on CIFAR-10."""
+"""`cifar10`: the ResNet-20 family from a dense checkpoint, or ResNet-18 and VGG11 trained here, on CIFAR-10."""
 
 from __future__ import annotations
 
@@ -19,9 +19,17 @@ from torch import Tensor, nn
 
 from sparsekit.errors import DataError
 from sparsekit.methods.interfaces import FinetuneSettings, Split, Task, TaskSettings
-from sparsekit.models import resnet, resnet18
+from sparsekit.models import preact_resnet18, resnet, resnet18, vgg11
 from sparsekit.problem.likelihoods import Categorical
-from sparsekit.tasks.dense import RESIDUAL, Recipe, cached_network, check_checkpoint, dense_network, train
+from sparsekit.tasks.dense import (
+    RESIDUAL,
+    Recipe,
+    StepwiseRecipe,
+    cached_network,
+    check_checkpoint,
+    dense_network,
+    train,
+)
 from sparsekit.tasks.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -34,17 +42,30 @@ from sparsekit.tasks.images import (
 
 File = Literal["train", "test"]
 
-#: Raised with a change of ResNet-18: cached networks are then trained anew.
+Architecture = Literal["resnet18", "resnet20", "resnet32", "resnet44", "resnet56", "vgg11", "preact-resnet18"]
+
+#: The networks that are trained here: how each is made, and its recipe at 100 epochs. Those of VGG11 and the
+#: pre-activation ResNet-18 are Laurent et al.'s (2020) at their 300 and 200 epochs, with a step every 60 and 70.
+TRAINED = {
+    "resnet18": (resnet18, RESIDUAL),
+    "vgg11": (vgg11, StepwiseRecipe(100, 0.01, 128, 5e-4, decay_every=20)),
+    "preact-resnet18": (preact_resnet18, StepwiseRecipe(100, 0.1, 128, 5e-4, decay_every=35)),
+}
+
+#: Raised with a change of these networks: cached networks are then trained anew.
 RECIPE_VERSION = 1
 
 
 class Cifar10Settings(TaskSettings):
     """Settings of `cifar10`."""
 
-    architecture: Literal["resnet18", "resnet20", "resnet32", "resnet44", "resnet56"] = Field(
-        "resnet20", description="what the checkpoint is of; without one, resnet18 is trained first"
+    architecture: Literal["resnet18", "resnet20", "resnet32", "resnet44", "resnet56", "vgg11", "preact-resnet18"] = (
+        Field(
+            "resnet20",
+            description="of the checkpoint; without one, resnet18, vgg11 and preact-resnet18 are trained first",
+        )
     )
-    epochs: int = Field(100, ge=1, description="of the training of resnet18")
+    epochs: int = Field(100, ge=1, description="of that training; steps of its learning rate keep their proportion")
     download: bool = Field(False, description="let torchvision download the data into data_dir")
 
 
@@ -60,7 +81,7 @@ class Cifar10(Task[Cifar10Settings]):
 
     def __init__(self, settings: Cifar10Settings) -> None:
         super().__init__(settings)
-        trains = settings.architecture == "resnet18"
+        trains = settings.architecture in TRAINED
         if settings.checkpoint is None and not trains:
             raise DataError(
                 f"the task 'cifar10' prunes a trained {settings.architecture}; give its weights by --checkpoint"
@@ -83,16 +104,20 @@ class Cifar10(Task[Cifar10Settings]):
         """The architecture, untrained, the same for the same seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
-            if self.settings.architecture == "resnet18":
-                return resnet18(classes=10)
+            if self.settings.architecture in TRAINED:
+                return TRAINED[self.settings.architecture][0](10)
             return resnet(int(self.settings.architecture.removeprefix("resnet")))
 
     def model(self) -> nn.Module:
-        """The network with the weights of `checkpoint`; a ResNet-18 without one is read from the cache, or trained.
+        """The network with the weights of `checkpoint`; one of `TRAINED` is read from the cache, or trained.
 
-        That is for a GPU: an epoch takes 17 minutes on one core.
+        That is for a GPU: an epoch of a ResNet-18 takes 17 minutes on one core.
         """
-        recipe = replace(RESIDUAL, epochs=self.settings.epochs)
+        recipe = TRAINED[self.settings.architecture][1] if self.settings.architecture in TRAINED else RESIDUAL
+        epochs = self.settings.epochs
+        if isinstance(recipe, StepwiseRecipe):
+            recipe = replace(recipe, decay_every=max(1, round(recipe.decay_every * epochs / recipe.epochs)))
+        recipe = replace(recipe, epochs=epochs)
         return dense_network(
             self,
             lambda: self._cached_network(recipe),
@@ -102,7 +127,7 @@ class Cifar10(Task[Cifar10Settings]):
     def _cached_network(self, recipe: Recipe) -> Path:
         images, labels = self._arrays("train")
         digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
-        return cached_network(self, f"{self.name}-resnet18-v{RECIPE_VERSION}", recipe, digest)
+        return cached_network(self, f"{self.name}-{self.settings.architecture}-v{RECIPE_VERSION}", recipe, digest)
 
     def size(self, split: Split) -> int:
         """From the files' headers where they have one."""

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from sparsekit.errors import DataError
 from sparsekit.methods.interfaces import Task
 from sparsekit.models import load_checkpoint
 from sparsekit.problem.objective import Batch
-from sparsekit.pruning.training import descend, half_cosine
+from sparsekit.pruning.training import descend, half_cosine, stepwise
 from sparsekit.tasks.images import cache_directory, into_cache
 
 #: Seconds of training that an interruption loses at most.
@@ -58,6 +59,10 @@ class Recipe:
         """The optimiser of all of the model's parameters."""
         return torch.optim.AdamW(model.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
 
+    def schedule(self, optimiser: torch.optim.Optimizer, total: int, steps: int, done: int) -> LRScheduler:
+        """The learning rate of each step, of `total` in all and `steps` in an epoch, from step `done` on."""
+        return half_cosine(optimiser, self.learning_rate, total, done=done)
+
 
 @dataclass(frozen=True)
 class MomentumRecipe(Recipe):
@@ -73,6 +78,16 @@ class MomentumRecipe(Recipe):
             weight_decay=self.weight_decay,
             fused=True,
         )
+
+
+@dataclass(frozen=True)
+class StepwiseRecipe(MomentumRecipe):
+    """The same at a learning rate that falls to a tenth after every `decay_every` epochs; 0: it is constant."""
+
+    decay_every: int = 0
+
+    def schedule(self, optimiser: torch.optim.Optimizer, total: int, steps: int, done: int) -> LRScheduler:
+        return stepwise(optimiser, self.learning_rate, self.decay_every * steps or total, done=done)
 
 
 #: The usual recipe for residual networks on small images; tasks set the number of epochs.
@@ -129,7 +144,7 @@ def train(model: nn.Module, task: Task, recipe: Recipe, cached: Path) -> None:
     model.train()
     with torch.random.fork_rng(devices=[]):
         begun, saved = _go_on(unfinished, model, optimiser), time.perf_counter()
-        schedule = half_cosine(optimiser, recipe.learning_rate, total, done=begun)
+        schedule = recipe.schedule(optimiser, total, steps, begun)
         for epoch in range(begun // steps, recipe.epochs):
             batches = _batches(task, recipe, epoch, steps=steps, begun=begun)
             for done in descend(model, task.likelihood, batches, optimiser, schedule, advice=advice):

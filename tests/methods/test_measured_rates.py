@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from sparsekit import Categorical, CompensationSettings, InverseFisher, Mask, Objective, ParameterSpace
+from sparsekit import Categorical, CompensationSettings, Gaussian, InverseFisher, Mask, Objective, ParameterSpace
 from sparsekit.linalg import BlockDiagonal
 from sparsekit.methods.measured_rates import MeasuredRates, MeasuredRatesSettings, hull
 from sparsekit.methods.saliencies import Magnitude
@@ -100,30 +100,58 @@ def test_a_tensor_that_is_gone_is_not_tried():
     assert seen
 
 
-def test_a_trial_of_nothing_but_one_tensor_measures_the_networks_own_loss():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False)).double()
-    inputs = draw(60, 6, seed=1)
-    batches = list(zip(inputs.split(20), inputs[:, :3].argmax(1).split(20), strict=True))
+def network():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False)).double()
+
+
+class Spy(MeasuredRates):
+    """Tries one cut of nine weights, on all examples and on one batch."""
+
+    def rescore(self, scores, mask, space, trial):
+        chosen = torch.arange(space.size) < 9
+        self.seen = [trial(chosen, 60), trial(chosen, 20)]
+        return scores
+
+
+def tried(likelihood, targets):
+    """What the spy has seen, and for both the model's outputs before and after."""
+    model, inputs = network(), draw(60, 6, seed=1)
+    batches = list(zip(inputs.split(20), targets(inputs).split(20), strict=True))
     space = ParameterSpace.of(model)
-    objective = Objective(model, Categorical(), batches, space)
-    weights, seen = space.read(model), {}
-
-    class Spy(MeasuredRates):
-        def rescore(self, scores, mask, space, trial):
-            chosen = torch.arange(space.size) < 9
-            seen["all"], seen["one batch"] = trial(chosen, 60), trial(chosen, 20)
-            return scores
-
-    operator = BlockDiagonal((torch.eye(72) + 0.3).double()[None], [72])
-    surgeon = Surgeon(Magnitude(None), Spy(MeasuredRatesSettings()), CompensationSettings())
-    inverse = InverseFisher(operator, 0.1)
+    objective, weights, spy = (
+        Objective(model, likelihood, batches, space),
+        space.read(model),
+        Spy(MeasuredRatesSettings()),
+    )
+    inverse = InverseFisher(BlockDiagonal((torch.eye(72) + 0.3).double()[None], [72]), 0.1)
+    surgeon = Surgeon(Magnitude(None), spy, CompensationSettings())
     surgeon.remove(weights, Mask.full(72), 0.5, inverse, objective, torch.Generator())
     assert torch.equal(space.read(model), weights)  # nothing of the trials stays
     moved = weights + inverse.remove(weights, Mask.full(72), torch.arange(72) < 9).delta
-    losses = {}
-    for name, w in (("before", weights), ("after", moved)):
-        space.write(model, w)
-        losses[name] = [objective.loss(), Objective(model, Categorical(), batches[:1], space).loss()]
-    assert_close(seen["all"], losses["after"][0] - losses["before"][0])
-    assert_close(seen["one batch"], losses["after"][1] - losses["before"][1])
+    before = model(inputs).detach()
+    space.write(model, moved)
+    return spy.seen, before, model(inputs).detach(), targets(inputs)
+
+
+def test_a_trial_measures_the_divergence_of_the_predictions():
+    seen, before, after, _ = tried(Categorical(), lambda inputs: inputs[:, :3].argmax(1))
+    p, q = before.log_softmax(1), after.log_softmax(1)
+    divergence = (p.exp() * (p - q)).sum(1)
+    assert_close(seen, [float(divergence.mean()), float(divergence[:20].mean())])
+
+
+def test_the_divergence_of_gaussian_predictions_is_their_distance():
+    seen, before, after, _ = tried(Gaussian(), lambda inputs: inputs[:, :3])
+    likelihood = Gaussian()
+    losses = likelihood.losses(after, before)
+    assert_close(seen, [float(losses.mean()), float(losses[:20].mean())])
+
+
+def test_with_class_weights_a_trial_measures_the_loss():
+    weighted = Categorical(weight=(1.0, 2.0, 3.0))
+    seen, before, after, targets = tried(weighted, lambda inputs: inputs[:, :3].argmax(1))
+    w = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    rise = nn.functional.cross_entropy(after, targets, w) - nn.functional.cross_entropy(before, targets, w)
+    assert_close(seen[0], float(rise))

@@ -106,6 +106,13 @@ class Likelihood(ABC):
         scale, weights = self.score_scale(self.positions(output)), self.weights(output, target)
         return scale if weights is None else weights.sqrt() * scale
 
+    def expected(self, output: Tensor) -> Tensor | None:
+        """E[y | output], as a target: `losses` at it, minus its own minimum, is the divergence of two predictions.
+
+        None where there is no such target.
+        """
+        return None
+
     # -- weights of positions; a likelihood without weights need not override these methods ----------------------
     def weights(self, output: Tensor, target: Tensor) -> Tensor | None:
         """W, the weight of each position's curvature in this batch's loss relative to a plain mean; None: 1 everywhere.

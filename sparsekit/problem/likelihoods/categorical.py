@@ -67,6 +67,10 @@ class Categorical(Likelihood):
         below = probabilities.cumsum(-1) < uniform.to(output.device)
         return below.sum(-1).clamp_max(output.shape[1] - 1)
 
+    def expected(self, output: Tensor) -> Tensor:
+        """The probabilities of the classes, soft labels."""
+        return output.detach().softmax(1)
+
     def root_columns(self, output: Tensor) -> Iterator[Tensor]:
         """√p_c (p − e_c) for class c: Σ_c gives diag(p) − p pᵀ, one position at a time."""
         logits = output.detach()

@@ -99,6 +99,10 @@ class Bernoulli(Likelihood):
         uniform = torch.rand(output.shape, generator=generator, device=generator.device)
         return (uniform.to(output.device) < output.detach().sigmoid()).to(output.dtype)
 
+    def expected(self, output: Tensor) -> Tensor:
+        """The probabilities of the units."""
+        return output.detach().sigmoid()
+
     def root_columns(self, output: Tensor) -> Iterator[Tensor]:
         """√(p(1−p)) e_t for unit t."""
         yield from one_unit_at_a_time(self._variance(output).sqrt())
@@ -142,6 +146,10 @@ class Gaussian(Likelihood):
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(output.shape, generator=generator, device=generator.device, dtype=output.dtype)
         return output.detach() + self.variance**0.5 * noise.to(output.device)
+
+    def expected(self, output: Tensor) -> Tensor:
+        """The means: the output itself."""
+        return output.detach()
 
     def root_columns(self, output: Tensor) -> Iterator[Tensor]:
         """e_t / √variance for unit t."""

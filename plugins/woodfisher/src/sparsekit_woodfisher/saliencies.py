@@ -15,10 +15,11 @@ class WoodTaylorSettings(Settings):
     """Settings of `woodtaylor`."""
 
     first_order: float = Field(1.0, ge=0, le=1, description="weight of the gradient; 0: the saliency 'obs'")
+    penalty: float = Field(0.0, ge=0, description="λ: ½ λ w² is added to each score; 0: none")
 
 
 class WoodTaylor(Saliency):
-    """(w_i − (Σg)_i)²/(2 Σ_ii): what removing weight i costs over the best step that removes nothing.
+    """(w_i − (Σg)_i)²/(2 Σ_ii) + ½ λ w_i²: what removing weight i costs over the best step that removes nothing.
 
     Minimising gᵀδ + ½δᵀHδ subject to δ_i = −w_i costs this much more than minimising it freely. The update that goes
     with it is `compensation.first_order=1`. Σ is conditioned on the weights removed before, the gradient taken on the
@@ -39,4 +40,5 @@ class WoodTaylor(Saliency):
         newton = (operator @ gradient).to(weights.dtype)
         diagonal = torch.where(kept, context.inverse.diagonal(context.mask, operator).to(weights.dtype), 1.0)
         scores = (weights - self.settings.first_order * newton).square() / (2 * diagonal)
+        scores = scores + 0.5 * self.settings.penalty * weights.square()
         return torch.where(kept, scores, 0.0)
