@@ -12,6 +12,7 @@ from sparsekit.cli.mask import mask
 from sparsekit.cli.plugins import plugins
 from sparsekit.cli.report import report
 from sparsekit.cli.run import run
+from sparsekit.cli.study import study
 from sparsekit.cli.terminal import standard_streams
 from sparsekit.cli.track import track
 from sparsekit.errors import SparsekitError
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(compare)
+app.command()(study)
 app.command()(track)
 app.command()(report)
 app.command()(plugins)

@@ -23,32 +23,58 @@ from sparsekit.compare.upload import Uploader
 from sparsekit.errors import SettingsError
 from sparsekit.machine import find_device
 from sparsekit.registry.installed import load_registry
+from sparsekit.registry.registry import Registry
 from sparsekit.runs.settings import merge, parse_assignment, read_config
 from sparsekit.runs.tracking_store import resolve_uri
 from sparsekit.runs.validation import validated
 
+# Options that `study` has too.
+Output = Annotated[Path, typer.Option(help="Folder of the comparisons' directories.")]
+DataDir = Annotated[str | None, typer.Option(help="Folder of the task's data: run.task.data_dir.")]
+Checkpoint = Annotated[str | None, typer.Option(help="Dense weights: run.task.checkpoint.")]
+Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of the file.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default as many as fit.")]
+Threads = Annotated[int, typer.Option(min=1, help="Of torch in each worker.")]
+ExecutorName = Annotated[str, typer.Option(help="local, or ray: $RAY_ADDRESS or an instance of its own.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Also do again what has failed.")]
+TrackingUri = Annotated[str | None, typer.Option(help="MLflow's address; default a SQLite file.")]
+NoTracking = Annotated[bool, typer.Option("--no-tracking", help="Records on disk only.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop.")]
+
 
 def compare(
     file: Annotated[Path, typer.Argument(help="YAML file of the comparison.")],
-    output: Annotated[Path, typer.Option(help="Folder of the comparisons' directories.")] = Path("results"),
-    data_dir: Annotated[str | None, typer.Option(help="Folder of the task's data: run.task.data_dir.")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="Dense weights: run.task.checkpoint.")] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of the file.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default as many as fit.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Of torch in each worker.")] = 1,
-    executor: Annotated[str, typer.Option(help="local, or ray: $RAY_ADDRESS or an instance of its own.")] = "local",
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also do again what has failed.")] = False,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow's address; default a SQLite file.")] = None,
-    no_tracking: Annotated[bool, typer.Option("--no-tracking", help="Records on disk only.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop.")] = False,
+    output: Output = Path("results"),
+    data_dir: DataDir = None,
+    checkpoint: Checkpoint = None,
+    assignments: Assignments = None,
+    workers: Workers = None,
+    threads: Threads = 1,
+    executor: ExecutorName = "local",
+    retry_failed: RetryFailed = False,
+    tracking_uri: TrackingUri = None,
+    no_tracking: NoTracking = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Compare pruning methods under one protocol. Finished runs are kept: the same command continues."""
-    given = _read(file, assignments or [], data_dir, checkpoint, tracking_uri, no_tracking)
+    raw = read(file, assignments or [], data_dir, checkpoint, tracking_uri, no_tracking)
+    given = validated(ComparisonSettings, raw, "")
+    carry_out(given, load_registry(), output, workers, threads, executor, retry_failed, dry_run)
+
+
+def carry_out(
+    given: ComparisonSettings,
+    registry: Registry,
+    output: Path,
+    workers: int | None,
+    threads: int,
+    executor: str,
+    retry_failed: bool,
+    dry_run: bool,
+) -> None:
+    """Do a comparison, with the options of the command; exits with 1 where not all runs are finished."""
     if executor not in EXECUTORS:
         raise SettingsError(f"there is no executor '{executor}'; known: {', '.join(EXECUTORS)}")
-    registry = load_registry()
     sketch = engine.sketch(given, registry)
     device = find_device(sketch.points[0].resolved.settings.device)
     count = workers or engine.workers_for(engine.cores(), sketch.memory, threads, device)
@@ -75,15 +101,15 @@ EXECUTORS: dict[str, Callable[[int, int, int, int], Executor]] = {
 }
 
 
-def _read(
+def read(
     file: Path,
     assignments: Sequence[str],
     data_dir: str | None,
     checkpoint: str | None,
     uri: str | None,
     no_tracking: bool,
-) -> ComparisonSettings:
-    """The file's settings, overridden by those of the command line."""
+) -> dict[str, object]:
+    """The file's settings, not validated, overridden by those of the command line."""
     task = {key: value for key, value in (("data_dir", data_dir), ("checkpoint", checkpoint)) if value is not None}
     tracking = {**({"uri": uri} if uri else {}), **({"enabled": False} if no_tracking else {})}
     raw = read_config(file)
@@ -91,7 +117,7 @@ def _read(
         old = raw.get(section, {})
         if isinstance(old, Mapping):  # else it is refused below
             raw[section] = merge(old, given)
-    return validated(ComparisonSettings, merge(raw, *(parse_assignment(text) for text in assignments)), "")
+    return merge(raw, *(parse_assignment(text) for text in assignments))
 
 
 def _work(work: Engine, executor: Callable[[], Executor], again: bool) -> tuple[Comparison, Path, str | None]:

@@ -44,7 +44,7 @@ from sparsekit.runs.directory import RunDirectory
 from sparsekit.runs.identity import identity, plugins_used, sources
 from sparsekit.runs.preview import preview, with_examples
 from sparsekit.runs.schema import run_key
-from sparsekit.runs.settings import ResolvedRun, resolve
+from sparsekit.runs.settings import ResolvedRun, merge, resolve
 
 #: After so many deaths of workers in a row, without a finished step in between, a job is not started again.
 DEATHS = 3
@@ -250,12 +250,15 @@ class Engine:
             memory, differs = _memory(changed), departures(changed, self.registry)
             lost = tuning.lost(point, self.given.tune, tuned)
             for seed in self.given.seeds:
-                seeded = {**settings, "seed": seed}
-                own = resolve({**seeded, "output": str(self.directory / RUNS)}, self.registry)
-                task, found, _ = self._source(own)
-                own = with_examples(own, task)
-                key = run_key(identity(own, self.registry, found, find_device(own.settings.device)))
-                path = RunDirectory.of(Path(RUNS), task.name, own.estimator.cls.name, key).path
+                own: dict[str, object] = {"seed": seed}
+                if self.given.networks == "each":
+                    own["task"] = {"name": changed.resolved.task.cls.name, "seed": seed}
+                seeded = merge(settings, own)
+                run = resolve({**seeded, "output": str(self.directory / RUNS)}, self.registry)
+                task, found, _ = self._source(run)
+                run = with_examples(run, task)
+                key = run_key(identity(run, self.registry, found, find_device(run.settings.device)))
+                path = RunDirectory.of(Path(RUNS), task.name, run.estimator.cls.name, key).path
                 runs.append(
                     PlannedRun(
                         axes=point.axes,
@@ -272,8 +275,10 @@ class Engine:
             file=_shown(self.given),
             reference=self.given.reference or _magnitude(points),
             warnings=warnings(self.given, points),
-            seeds_vary=_varies(points),
-            seeds_share=["the dense network: the bands show calibration noise, not that of training anew"],
+            seeds_vary=["the dense network"] * (self.given.networks == "each") + _varies(points),
+            seeds_share=[]
+            if self.given.networks == "each"
+            else ["the dense network: the bands show calibration noise, not that of training anew"],
             judged={task.name: task.size(points[0].resolved.settings.split) for task, _, _ in self._sources.values()},
             multiply_adds={task.name: adds for task, _, adds in self._sources.values()},
             runs=runs,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -74,6 +75,10 @@ class ComparisonSettings(Settings):
     )
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="each point is run with each of them")
     reference: str | None = Field(None, description="method that the others are compared with; default magnitude")
+    networks: Literal["one", "each"] = Field(
+        "one", description="one dense network for all seeds, or each seed its own: it is the task's seed too"
+    )
+    study: bool = Field(False, description="of the loss: methods are criteria, and the report asks what ΔL predicts")
     tune: TuningSettings | None = Field(None, description="how dampings are chosen; none: they are as written")
     tracking: TrackingSettings = Field(TrackingSettings())
 

@@ -96,6 +96,7 @@ def plan(
     *,
     steps: int = 1,
     substeps: int = 1,
+    spacing: Schedule | None = None,
     finetune: bool = False,
     independent: bool = False,
 ) -> list[Step]:
@@ -105,13 +106,13 @@ def plan(
         levels: the sparsities to report, increasing.
         schedule: how sparsity grows from one level to the next.
         steps: steps for each level, fine-tuned after each if `finetune`.
-        substeps: cuts within a step, the kept fraction falling by the same factor at each, with the curvature
-            refreshed before each and no fine-tuning between them.
+        substeps: cuts within a step, with the curvature refreshed before each and no fine-tuning between them.
+        spacing: of these cuts; by default the kept fraction falls by the same factor at each.
         finetune: see above.
         independent: each level starts from the dense weights; where a level is one cut, all share the curvature
             estimated there. Otherwise each level starts from the previous one.
     """
-    within = Exponential(None)
+    within = spacing or Exponential(None)
     out: list[Step] = []
     at_dense = False  # whether the last refresh was at the dense weights
     for level, target in enumerate(levels):
@@ -137,3 +138,7 @@ def plan(
                 )
             previous = stop
     return out
+
+
+#: How sub-steps are spaced, by name.
+SPACINGS = {schedule.name: schedule for schedule in (Exponential, Linear)}

@@ -14,6 +14,7 @@ from sparsekit.compare.plan import Comparison, Failure
 from sparsekit.files import atomic_write
 from sparsekit.report import export, figures, ledger, tables, words
 from sparsekit.report.drawing import Figure
+from sparsekit.report.study import study_of
 from sparsekit.report.summary import Summary, TaskSummary, summarise
 from sparsekit.report.tables import Table
 
@@ -98,6 +99,7 @@ def _content(summary: Summary, directory: Path, output: Path | None) -> dict[str
         "ended": max(times, default=None),
         "warnings": words.warnings(summary),
         "limits": words.limits(summary),
+        "study": study_of(comparison),
         "tuning": words.tuning(comparison.tuning),
         "trials": ledger.trials(comparison.tuning) if comparison.tuning is not None else None,
         "sections": [_section(task, f"task-{i}", comparison.plan.reference) for i, task in enumerate(summary.tasks)],

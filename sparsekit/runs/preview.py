@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sparsekit.errors import DataError
 from sparsekit.machine import available_memory, find_device
 from sparsekit.methods.interfaces import Task
-from sparsekit.methods.schedules import Step, plan
+from sparsekit.methods.schedules import SPACINGS, Step, plan
 from sparsekit.problem.parameters import ParameterSpace
 from sparsekit.runs.settings import ResolvedRun
 
@@ -63,6 +63,7 @@ def planned(resolved: ResolvedRun) -> list[Step]:
         resolved.schedule.build(),
         steps=settings.steps,
         substeps=settings.substeps,
+        spacing=SPACINGS[settings.spacing](None),
         finetune=resolved.finetune.epochs > 0,
         independent=resolved.independent,
     )

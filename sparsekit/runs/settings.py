@@ -84,6 +84,9 @@ class RunSettings(Settings):
     sparsity: tuple[Sparsity, ...] = Field((), description="levels to report; default the task's")
     steps: int = Field(4, ge=1, description="steps for each level, except one-shot's single one")
     substeps: int = Field(1, ge=1, description="cuts within a step, curvature refreshed before each")
+    spacing: Literal["exponential", "linear"] = Field(
+        "exponential", description="of those cuts: the kept fraction falls by one factor, or by equal parts"
+    )
     levels: Literal["auto", "independent", "sequential"] = Field(
         "auto",
         description="each level from the dense weights, or all on one path; auto: independent for one-shot "
