@@ -45,17 +45,35 @@ class Correlation:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> Correlation:
-    """Spearman's ρ; see `_of`."""
-    return _of(x, y, lambda a, b: float(stats.spearmanr(a, b).statistic))
+    """Spearman's ρ, Pearson's correlation of the ranks; see `_of`."""
+
+    def rho(a: Floats, b: Floats) -> Floats:
+        ranks = [stats.rankdata(values, axis=1) for values in (a, b)]
+        u, v = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
+        return _ratio((u * v).sum(1), (u * u).sum(1) * (v * v).sum(1))
+
+    return _of(x, y, rho)
 
 
 def kendall(x: Sequence[float], y: Sequence[float]) -> Correlation:
-    """Kendall's τ_b; see `_of`."""
-    return _of(x, y, lambda a, b: float(stats.kendalltau(a, b).statistic))
+    """Kendall's τ_b, the excess of pairs in the same order; see `_of`."""
+
+    def tau(a: Floats, b: Floats) -> Floats:
+        u, v = (np.sign(values[:, :, None] - values[:, None]) for values in (a, b))
+        return _ratio((u * v).sum((1, 2)), (u * u).sum((1, 2)) * (v * v).sum((1, 2)))
+
+    return _of(x, y, tau)
 
 
-def _of(x: Sequence[float], y: Sequence[float], statistic: Callable[[Floats, Floats], float]) -> Correlation:
+def _ratio(covariance: Floats, product: Floats) -> Floats:
+    """Covariance over the root of the product of variances; NaN where one is zero."""
+    return np.divide(covariance, np.sqrt(product), out=np.full_like(covariance, np.nan), where=product > 0)
+
+
+def _of(x: Sequence[float], y: Sequence[float], statistic: Callable[[Floats, Floats], Floats]) -> Correlation:
     """The correlation over the pairs of which both are finite, its interval from resampled pairs, the same each time.
+
+    Scipy's functions take one sample at a time, 2,000 of which take seconds; `statistic` takes samples (k, n) at once.
 
     Raises:
         DataError: fewer than four pairs.
@@ -67,12 +85,10 @@ def _of(x: Sequence[float], y: Sequence[float], statistic: Callable[[Floats, Flo
             "networks"
         )
     a, b = pairs.T
-    if (a == a[0]).all() or (b == b[0]).all():
-        return Correlation(math.nan, math.nan, math.nan, len(pairs))
+    value = float(statistic(a[None], b[None])[0])
     draws = np.random.default_rng(0).integers(len(pairs), size=(RESAMPLES, len(pairs)))
-    found = [
-        statistic(a[i], b[i]) for i in draws if (a[i] != a[i[0]]).any() and (b[i] != b[i[0]]).any()
-    ]  # a resample without spread has no correlation
+    found = np.concatenate([statistic(a[some], b[some]) for some in np.array_split(draws, 20)])
+    found = found[np.isfinite(found)]  # a resample without spread has no correlation
     ends = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(found, [ends, 100 - ends]) if found else (math.nan, math.nan)
-    return Correlation(statistic(a, b), float(low), float(high), len(pairs))
+    low, high = np.percentile(found, [ends, 100 - ends]) if len(found) else (math.nan, math.nan)
+    return Correlation(value, float(low), float(high), len(pairs))
