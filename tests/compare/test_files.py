@@ -14,6 +14,7 @@ from PIL import Image
 
 from sparsekit.compare.engine import Engine
 from sparsekit.compare.spec import ComparisonSettings, expand, warnings
+from sparsekit.compare.study import StudySettings, comparison
 from sparsekit.models import resnet
 from sparsekit.registry.installed import load_registry
 from sparsekit.runs.settings import merge, read_config
@@ -121,3 +122,16 @@ def test_a_file_leads_to_finished_runs(raw, tmp_path, inline):
     found = Engine(validated(ComparisonSettings, raw, ""), tmp_path / "out", REGISTRY).run(inline)
     assert {d: f.cause for d, f in found.failures.items()} == {}
     assert all(found.finished(run) for run in found.plan.runs)
+
+
+STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_study_files_are_valid(path, tmp_path):
+    raw = read_config(path)
+    {"mnist": mnist, "cifar10": cifar10}[raw["run"]["task"]["name"]](tmp_path)
+    given = validated(StudySettings, merge(raw, {"run": {"task": {"data_dir": str(tmp_path)}}}), "")
+    assert given.name == path.stem
+    assert ("reduced" in path.stem) == ("REDUCED" in path.read_text())
+    assert len(expand(comparison(given, REGISTRY), REGISTRY)) >= 4

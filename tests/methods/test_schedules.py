@@ -50,3 +50,9 @@ def test_substeps_refresh_before_each_cut_and_finetune_after_the_last():
 def test_independent_levels_with_substeps_refresh_where_the_weights_have_moved():
     steps = plan([0.5, 0.9], OneShot(Settings()), substeps=2, independent=True)
     assert [s.refresh for s in steps] == [True, True, True, True]
+
+
+def test_substeps_may_be_spaced_evenly():
+    even = plan([0.9], OneShot(Settings()), substeps=3, spacing=Linear(Settings()))
+    assert [s.sparsity for s in even] == pytest.approx([0.3, 0.6, 0.9])
+    assert [s.sparsity for s in plan([0.9], OneShot(Settings()), substeps=2)] == pytest.approx([1 - 0.1**0.5, 0.9])

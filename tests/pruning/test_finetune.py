@@ -132,3 +132,21 @@ def test_an_epoch_without_batches_is_refused(problem):
     model, _, space = problem
     with pytest.raises(DataError, match="the data gave no batch"):
         train((model, [], space), Mask.full(space.size))
+
+
+@pytest.mark.parametrize(
+    ("decay", "rates"), [("constant", [0.1] * 4), ("stepwise", [0.1, 0.1, 0.01, 0.01]), ("cosine", None)]
+)
+def test_the_learning_rate_decays_as_told(problem, decay, rates, monkeypatch):
+    model, batches, space = problem
+    seen = []
+    whole = torch.optim.SGD.step
+
+    def step(self, *args, **kwargs):
+        seen.append(self.param_groups[0]["lr"])
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr("torch.optim.SGD.step", step)
+    settings = FinetuneSettings(epochs=4, learning_rate=0.1, decay=decay, decay_every=2)
+    finetune(model, Categorical(), lambda: batches, space, Mask.full(space.size), settings, batches_per_epoch=1)
+    assert seen == pytest.approx(rates or [0.1, 0.1 * 0.853553, 0.05, 0.1 * 0.146447], rel=1e-4)

@@ -9,7 +9,7 @@ from sparsekit.errors import CurvatureError
 from sparsekit.methods.interfaces import Task, TaskSettings
 from sparsekit.problem.likelihoods import Categorical
 from sparsekit.tasks import dense
-from sparsekit.tasks.dense import MomentumRecipe, Recipe, cached_network, dense_network, train
+from sparsekit.tasks.dense import MomentumRecipe, Recipe, StepwiseRecipe, cached_network, dense_network, train
 
 RECIPE = Recipe(epochs=3, learning_rate=0.1, batch_size=4)
 STEPS = 3  # an epoch
@@ -155,3 +155,14 @@ def test_training_whose_loss_is_not_finite_is_refused_and_leaves_no_network(buil
     with pytest.raises(CurvatureError, match="the loss became .* in training step .*--checkpoint"):
         task.model()
     assert not task.cached.exists()
+
+
+def test_a_stepwise_recipe_falls_after_epochs():
+    recipe = StepwiseRecipe(epochs=4, learning_rate=0.1, batch_size=8, decay_every=2)
+    optimiser = recipe.optimiser(torch.nn.Linear(1, 1))
+    schedule, seen = recipe.schedule(optimiser, 12, 3, 0), []
+    for _ in range(12):
+        seen.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+    assert seen == pytest.approx([0.1] * 6 + [0.01] * 6)

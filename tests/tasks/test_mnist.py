@@ -1,4 +1,5 @@
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -180,3 +181,16 @@ def test_network_trained_on_mnist_is_good(monkeypatch):
     monkeypatch.setattr(mnist, "RECIPE", Recipe(epochs=1, learning_rate=1e-3, batch_size=128))
     one = task(data)
     assert one.measure(one.model(), "tuning")["accuracy"] > 0.97  # one epoch of the ten
+
+
+def test_the_perceptron_has_its_own_recipe_and_epochs_are_a_setting(folder):
+    plain = {"data_dir": str(folder)}
+
+    def made(**given):
+        return Mnist(Mnist.Settings(**plain, **given))
+
+    assert made(architecture="mlp-300-100-tanh")._recipe().epochs == 20
+    assert made(architecture="mlp-300-100-tanh", epochs=800)._recipe().decay_every == 0  # constant
+    assert made(epochs=3)._recipe() == replace(made()._recipe(), epochs=3)
+    paths = {made(**given)._cached_network() for given in ({}, {"epochs": 3}, {"architecture": "mlp-300-100-tanh"})}
+    assert len(paths) == 3
