@@ -39,7 +39,9 @@ def broken():
 def test_builtins_come_through_the_hooks():
     registry = Registry(builtins, [])
     assert registry.names("estimator") == ["diagonal", "identity"]
-    assert registry.names("saliency") == ["magnitude", "obs", "obs-rows", "random"]
+    assert registry.names("saliency") == [
+        "linear-model", "magnitude", "obd", "obs", "obs-rows", "quadratic-model", "random"
+    ]  # fmt: skip
 
 
 def test_a_broken_plugin_is_a_finding():
