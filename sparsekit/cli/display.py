@@ -18,6 +18,7 @@ from sparsekit.problem.unused import UNUSED
 from sparsekit.pruning.events import Event, PhaseStarted, StepCompleted
 from sparsekit.runs.preview import Preview, planned
 from sparsekit.runs.run import Outcome
+from sparsekit.runs.schema import RunRecord
 from sparsekit.runs.settings import ResolvedRun
 from sparsekit.runs.tracking_store import ui_command
 
@@ -59,6 +60,10 @@ class ProgressDisplay:
         """Follow long work within a phase."""
         note = f"{done}/{total}" if total > 1 else ""
         self._bars.update(self._phase, description=phase, completed=done, total=total or None, note=note)
+
+
+#: A measured increase so many times the predicted one, and more than this fraction of the dense loss, deserves a hint.
+BEYOND, NOTICEABLE = 5, 0.5
 
 
 class Lines:
@@ -161,6 +166,8 @@ def print_summary(outcome: Outcome, as_json: bool = False) -> None:
     if idle:
         console.print(f"Not counted, as no gradient reaches them: {', '.join(idle)}.")
     console.print(f"Peak memory {record.peak_memory_bytes / 2**20:,.0f} MiB. Levels: {record.path}.")
+    if (hint := beyond_the_model(record)) is not None:
+        console.print(marked("hint:", "cyan", hint))
     for line in record.degraded:
         console.print(marked("degraded:", "yellow", line))
     console.print(f"Record: {outcome.path / 'record.json'}", soft_wrap=True, highlight=False)
@@ -168,8 +175,22 @@ def print_summary(outcome: Outcome, as_json: bool = False) -> None:
         console.print(f"MLflow: {ui_command(outcome.tracking_uri)}", soft_wrap=True, highlight=False)
 
 
+def beyond_the_model(record: RunRecord) -> str | None:
+    """A sentence on the first level whose cuts raised the loss far beyond what the model predicted; None: none did."""
+    for level in record.levels:
+        predicted, measured = level.predicted_increase, level.measured_increase
+        if 0 < predicted * BEYOND < measured < math.inf and measured > NOTICEABLE * record.dense.get("loss", math.inf):
+            substeps = 4 * record.settings["substeps"]
+            return (
+                f"at {100 * level.sparsity:g} % the cuts raised the loss by {measured:.3g}, {measured / predicted:.0f} "
+                f"times what the quadratic model predicts: it does not reach so far. --substeps {substeps} takes "
+                "smaller cuts, with the curvature computed anew before each."
+            )
+    return None
+
+
 def _figure(metric: str, value: float) -> str:
-    return f"{value:.2%}" if metric == "accuracy" else f"{value:.4f}"
+    return f"{value:.2%}" if metric.rpartition("/")[2] == "accuracy" else f"{value:.4f}"
 
 
 def print_preview(preview: Preview, as_json: bool) -> None:
