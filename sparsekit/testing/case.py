@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsekit.curvature.vectors import FisherKind
 from sparsekit.methods.interfaces import CurvatureEstimator
 from sparsekit.problem.objective import Objective
-from sparsekit.problem.parameters import Mask
+from sparsekit.problem.parameters import Mask, ParameterSpace
 from sparsekit.removal import InverseFisher
 from sparsekit.testing.problems import problem
 
@@ -31,6 +31,9 @@ class Case:
         settings: of the estimator, where they differ from its defaults.
         expected: the dense H that an exact estimator must reproduce; None for an approximation.
         tolerance: of products, relative to the largest entry; rounding in float64 by default.
+        trace: least and greatest of trace(H − γI) over the Fisher's, see `fisher_checks`.
+        correlation: least of diag(H − γI) with the Fisher's diagonal.
+        device: one that Σ must be the same on, besides the CPU; None: a GPU, if there is one.
         solve_tolerance: of joint removal, whose conjugate gradients stop early: ‖δ − δ*‖_H / ‖δ*‖_H.
     """
 
@@ -40,6 +43,9 @@ class Case:
     expected: Expected | None = None
     tolerance: float = 1e-7
     solve_tolerance: float = 1e-2
+    trace: tuple[float, float] = (0.67, 1.5)
+    correlation: float = 0.8
+    device: str | None = None
 
     def objective(self) -> Objective:
         """A new instance of the problem."""
@@ -61,8 +67,11 @@ class Case:
 
     def deterministic_kinds(self) -> tuple[FisherKind, ...]:
         """The kinds of Fisher without a draw, as far as the estimator's settings allow them."""
-        kinds: tuple[FisherKind, ...] = ("exact", "empirical")
-        return tuple(kind for kind in kinds if self._allows(fisher=kind))
+        return self.kinds("exact", "empirical")
+
+    def kinds(self, *wanted: FisherKind) -> tuple[FisherKind, ...]:
+        """Those of the wanted kinds of Fisher that the estimator's settings allow."""
+        return tuple(kind for kind in wanted if self._allows(fisher=kind))
 
     def _allows(self, **changes: object) -> bool:
         try:
@@ -97,18 +106,26 @@ def dense(inverse: InverseFisher) -> Tensor:
     return inverse @ torch.eye(inverse.size, dtype=torch.float64, device=inverse.operator.device)
 
 
-def assert_near(what: str, found: Tensor, truth: Tensor, tolerance: float) -> None:
-    """Fail unless max |found − truth| ≤ tolerance · max |truth|, saying where and by how much."""
+def assert_near(what: str, found: Tensor, truth: Tensor, tolerance: float, space: ParameterSpace | None = None) -> None:
+    """Fail unless max |found − truth| ≤ tolerance · max |truth|, saying where (by parameter) and by how much."""
     if found.shape != truth.shape:
         raise AssertionError(f"{what}: the shape is {tuple(found.shape)} where {tuple(truth.shape)} is right")
     error = (found.double() - truth.double()).abs()
     scale = float(truth.abs().max())
     if not float(error.max()) <= tolerance * scale:
         worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+        place = str(worst) if space is None else " × ".join(place_of(index, space) for index in worst)
         raise AssertionError(
-            f"{what}: {float(found[worst]):.6g} at {worst} where {float(truth[worst]):.6g} is right, off by "
+            f"{what}: {float(found[worst]):.6g} at {place} where {float(truth[worst]):.6g} is right, off by "
             f"{float(error.max()) / max(scale, 1e-300):.1e} of the largest entry; {tolerance:.0e} is allowed"
         )
+
+
+def place_of(index: int, space: ParameterSpace) -> str:
+    """'0.weight[2, 1]', of a coordinate of the space."""
+    info = next(info for info in space.parameters if info.start <= index < info.start + info.size)
+    within = torch.unravel_index(torch.tensor(index - info.start), info.shape)
+    return f"{info.name}[{', '.join(str(int(i)) for i in within)}]"
 
 
 def assert_identical(what: str, found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 
 from sparsekit.errors import unknown_name
 from sparsekit.methods.interfaces import CurvatureEstimator
+from sparsekit.testing import fisher_checks as fisher
 from sparsekit.testing import lifecycle_checks as lifecycle
 from sparsekit.testing import operator_checks as operator
 from sparsekit.testing.case import Case, Expected
@@ -47,6 +48,15 @@ _CHECKS: tuple[Check, ...] = (
     lifecycle.check_order_of_examples,
     lifecycle.check_mean_over_examples,
     lifecycle.check_zero_weights,
+    fisher.check_other_labels,
+    fisher.check_labels_of_the_data,
+    fisher.check_seed,
+    fisher.check_relative_damping,
+    fisher.check_update_twice,
+    fisher.check_trace,
+    fisher.check_diagonal_correlation,
+    fisher.check_single_precision,
+    fisher.check_device,
     lifecycle.check_evaluation_mode,
     lifecycle.check_model_is_left_as_found,
 )
@@ -64,6 +74,9 @@ def estimator_checks(
     waived: Mapping[str, str] | None = None,
     tolerance: float = 1e-7,
     solve_tolerance: float = 1e-2,
+    trace: tuple[float, float] = (0.67, 1.5),
+    correlation: float = 0.8,
+    device: str | None = None,
 ) -> list[tuple[str, Callable[[], None]]]:
     """Every check of an estimator on every problem, ready to be run.
 
@@ -85,6 +98,9 @@ def estimator_checks(
             (`another_damping`) or learns from a different share of the examples (`order_of_examples`). It is left out.
         tolerance: see Case.
         solve_tolerance: see Case.
+        trace: bounds that the author states, see Case; (1 − 1e-6, 1 + 1e-6) for what is exact or unbiased.
+        correlation: the same.
+        device: see Case.
 
     Returns:
         (id, run) pairs; a run raises AssertionError with what is wrong and by how much, or the estimator's error.
@@ -95,7 +111,10 @@ def estimator_checks(
     _known("problem", problems, PROBLEMS)
     _known("check", waived or {}, CHECKS)
     left_out = {*(waived or {}), *(() if expected else ("expected",))}
-    cases = [Case(estimator, name, settings or {}, expected, tolerance, solve_tolerance) for name in problems]
+    cases = [
+        Case(estimator, name, settings or {}, expected, tolerance, solve_tolerance, trace, correlation, device)
+        for name in problems
+    ]
     return [
         (f"{name}-{case.problem}", partial(check, case))
         for name, check in CHECKS.items()

@@ -19,6 +19,7 @@ from sparsekit.methods.interfaces import CurvatureEstimator
 from sparsekit.problem.objective import Batch, Objective
 from sparsekit.problem.parameters import Mask
 from sparsekit.testing.case import Case, Cut, assert_identical, assert_near, cuts, dense
+from sparsekit.testing.problems import in_single_precision
 
 
 # -- what it says --------------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def check_small_damping(case: Case) -> None:
     Recursions in float32 give NaN, negative diagonals or negative costs once the largest eigenvalue of F passes
     about 1e7 γ.
     """
-    objective = _in_single_precision(case.objective())
+    objective = in_single_precision(case.objective())
     try:
         inverse = case.updated(objective, damping=1e-8, damping_scale="relative").inverse()
         inverse.diagonal()
@@ -231,15 +232,6 @@ def check_small_damping(case: Case) -> None:
                     )
     except CurvatureError:
         return
-
-
-def _in_single_precision(objective: Objective) -> Objective:
-    objective.model.float()
-    batches = [
-        (inputs.float(), targets.float() if targets.is_floating_point() else targets)
-        for inputs, targets in objective.batches
-    ]
-    return replace(objective, batches=batches)
 
 
 # -- examples ------------------------------------------------------------------------------------------------

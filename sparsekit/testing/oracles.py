@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,11 @@ def dense_rows(objective: Objective, kind: DenseKind) -> Tensor:
             gradient of each example's loss at its own label, times √T where the loss is a mean over T positions.
 
     Raises:
+        ValueError: the kind is neither.
         TypeError: the likelihood is none of Categorical, Bernoulli and Gaussian, or has weights.
     """
+    if kind not in get_args(DenseKind):
+        raise ValueError(f"there is no dense Fisher of the kind {kind!r}; 'exact' or 'empirical' is needed")
     model = copy.deepcopy(objective.model).double().eval().requires_grad_(False)
     rows = [
         _example_rows(model, objective, kind, x, y)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,18 @@ def _grouped() -> nn.Module:
     )
 
 
+class _Sequence(nn.Module):
+    """Square layers applied at each of three positions, a class predicted at each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.second(torch.tanh(self.first(x))).movedim(-1, 1)
+        return output
+
+
 def _no_bias() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 3, bias=False))
 
@@ -92,6 +104,7 @@ _RECIPES = {
     "convolution": _Recipe(_convolution, (2, 5, 5), Categorical(), include=("*",)),
     "grouped": _Recipe(_grouped, (4, 5, 5), Categorical()),
     "tied": _Recipe(_Tied, (5,), Categorical()),
+    "sequence": _Recipe(_Sequence, (3, 4), Categorical()),
     "no_bias": _Recipe(_no_bias, (6,), Categorical()),
     "bernoulli": _Recipe(_autoencoder, (6,), Bernoulli()),
     "gaussian": _Recipe(_regression, (4,), Gaussian(variance=0.5)),
@@ -111,7 +124,8 @@ def problem(name: str, seed: int = 0) -> Objective:
     Args:
         name: one of PROBLEMS. `linear`: one layer; `mlp`: with dropout; `convolution`: strides, padding and batch
             normalisation with running statistics; `grouped`: a grouped and a depthwise convolution; `tied`: one
-            tensor in two layers; `no_bias`; `bernoulli`: six units; `gaussian`: two outputs. In `linear` and
+            tensor in two layers; `sequence`: square layers at three positions; `no_bias`;
+            `bernoulli`: six units; `gaussian`: two outputs. In `linear` and
             `convolution` biases and normalisation are prunable too.
         seed: of the weights and the examples; the global generator is left as it was.
 
@@ -130,6 +144,16 @@ def problem(name: str, seed: int = 0) -> Objective:
     return Objective(model, recipe.likelihood, batches, ParameterSpace.of(model, include=recipe.include))
 
 
+def in_single_precision(objective: Objective) -> Objective:
+    """The objective in float32; its model is changed."""
+    objective.model.float()
+    batches = [
+        (inputs.float(), targets.float() if targets.is_floating_point() else targets)
+        for inputs, targets in objective.batches
+    ]
+    return replace(objective, batches=batches)
+
+
 @torch.no_grad()
 def _fill(model: nn.Module, draw: torch.Generator) -> None:
     for parameter in model.parameters():
@@ -145,7 +169,8 @@ def _fill(model: nn.Module, draw: torch.Generator) -> None:
 
 def _labels(likelihood: Likelihood, output: Tensor, draw: torch.Generator) -> Tensor:
     if isinstance(likelihood, Categorical):
-        return torch.multinomial(output.softmax(1), 1, generator=draw)[:, 0]
+        p = output.softmax(1).movedim(1, -1)
+        return torch.multinomial(p.flatten(0, -2), 1, generator=draw).view(p.shape[:-1])
     if isinstance(likelihood, Bernoulli):
         return torch.bernoulli(output.sigmoid(), generator=draw)
     assert isinstance(likelihood, Gaussian)

@@ -56,6 +56,7 @@ ESTIMATORS["averaged"] = estimator_checks(
     ("mlp", "convolution"),
     waived={"mean_over_examples": "a single example makes no mean of several, which it is given"},
     solve_tolerance=1e-7,
+    correlation=0.6,  # a mean of few gradients, squared, is another matrix
 )
 CHECKS = [pytest.param(run, id=f"{label}-{name}") for label, checks in ESTIMATORS.items() for name, run in checks]
 

@@ -474,4 +474,4 @@ def test_unknown_names_are_refused(wrong, message):
 
 def test_every_check_has_an_estimator_that_fails_it():
     seen = {check for _, check, _ in WRONG} | {"evaluation_mode"}
-    assert seen == set(CHECKS)
+    assert seen == {name for name, check in CHECKS.items() if not check.__module__.endswith("fisher_checks")}

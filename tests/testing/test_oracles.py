@@ -146,3 +146,8 @@ def test_the_rank_one_recursion_by_hand():
 
 def test_block_masks():
     assert block_mask([1, 2]).tolist() == [[True, False, False], [False, True, True], [False, True, True]]
+
+
+def test_a_fisher_of_no_such_kind_is_refused():
+    with pytest.raises(ValueError, match="no dense Fisher of the kind 'nonsense'; 'exact' or 'empirical'"):
+        dense_fisher(problem("mlp"), "nonsense")

@@ -4,7 +4,19 @@ from sparsekit.testing import PROBLEMS, block_mask, damped, dense_fisher, estima
 from sparsekit_fishleg.estimator import FishLeg
 
 ONE_DAMPING = {"another_damping": "Q is fitted at one damping; at another it is an approximation, or refused"}
-HELD_OUT = {
+LEARNS = {
+    "update_twice": "a second update learns on",
+    "single_precision": "steps of an optimiser amplify rounding",
+}
+UNFINISHED = {
+    name: "two steps from I/γ are not yet an estimate of the Fisher"
+    for name in ("trace", "relative_damping", "diagonal_correlation")
+}
+OUTER = {
+    name: "the free diagonal fits that of Q, and H follows as it may"
+    for name in ("trace", "relative_damping", "diagonal_correlation")
+}
+HELD_OUT = LEARNS | {
     "order_of_examples": "the last batches are held out, and each step learns from one batch",
     "mean_over_examples": "a batch is held out of what Q learns from",
 }
@@ -14,7 +26,7 @@ CONFIGURATIONS = {
     "network products": (
         {"auxiliary_steps": 2, "check_every": 1, "products": "network", "start": "identity"},
         ("linear",),
-        ONE_DAMPING | HELD_OUT,
+        ONE_DAMPING | HELD_OUT | UNFINISHED,
     ),
     "two factors": ({"auxiliary_steps": 0, "structure": "kronecker"}, ("mlp", "tied"), ONE_DAMPING),
     "auxiliary alone": (
@@ -22,7 +34,7 @@ CONFIGURATIONS = {
         ("linear", "mlp"),
         ONE_DAMPING | HELD_OUT,
     ),
-    "outer diagonal": ({"auxiliary_steps": 6, "structure": "outer"}, ("mlp",), ONE_DAMPING | HELD_OUT),
+    "outer diagonal": ({"auxiliary_steps": 6, "structure": "outer"}, ("mlp",), ONE_DAMPING | HELD_OUT | OUTER),
     "three factors": ({"auxiliary_steps": 0, "structure": "three-factor"}, ("convolution", "grouped"), {}),
     "three factors, refined": (
         {"auxiliary_steps": 6, "structure": "three-factor"},
