@@ -18,6 +18,7 @@ from sparsekit.testing import (
     greedy_removal,
     rank_one_inverse,
 )
+from sparsekit.testing import problem as of_the_kit
 
 
 def t(values):
@@ -150,4 +151,4 @@ def test_block_masks():
 
 def test_a_fisher_of_no_such_kind_is_refused():
     with pytest.raises(ValueError, match="no dense Fisher of the kind 'nonsense'; 'exact' or 'empirical'"):
-        dense_fisher(problem("mlp"), "nonsense")
+        dense_fisher(of_the_kit("mlp"), "nonsense")
