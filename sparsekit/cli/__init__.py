@@ -35,7 +35,7 @@ app.command()(compare)
 app.command()(study)
 app.command()(track)
 app.command()(report)
-app.command()(plugins)
+app.add_typer(plugins, name="plugins")
 app.add_typer(mask, name="mask")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from importlib import metadata
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from sparsekit.errors import PluginError
 from sparsekit.methods.interfaces import CurvatureEstimator, EstimatorSettings, Preset, Saliency, ScoreContext
 from sparsekit.removal import InverseFisher
+
+#: What a component may be called.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,49}")
 
 
 def checked(found: object, kind: str, base: type) -> str:
@@ -30,7 +34,17 @@ def checked(found: object, kind: str, base: type) -> str:
     name = getattr(found, "name", None)
     if not isinstance(name, str):
         raise PluginError(f"the {kind} {getattr(found, '__name__', found)} has no `name`")
+    if not NAME.fullmatch(name):
+        raise PluginError(
+            f"the {kind} {getattr(found, '__name__', found)} is named {name!r}; 1 to 50 letters, digits and . _ : - "
+            "were needed, the first a letter or digit, because the name is an option's value and part of folders' names"
+        )
     if isinstance(found, type):
+        if "name" not in vars(found):
+            raise PluginError(
+                f"the {kind} {found.__name__} has the `name` '{name}' of the class that it inherits from; give it one "
+                "of its own"
+            )
         _check_class(found, f"the {kind} '{name}'", 2 if base is CurvatureEstimator else 1)
         _check_settings(found, f"the {kind} '{name}'", EstimatorSettings if base is CurvatureEstimator else BaseModel)
     return name

@@ -16,6 +16,7 @@ from sparsekit.errors import PluginError, SettingsError, unknown_name
 from sparsekit.methods.contracts import checked
 from sparsekit.methods.interfaces import CurvatureEstimator, Pattern, Preset, Saliency, Schedule, Task
 from sparsekit.registry import hookspecs
+from sparsekit.registry.interface import check_interface
 
 #: kind -> (hook, base class; presets are instances of theirs)
 KINDS: dict[str, tuple[str, type]] = {
@@ -84,10 +85,13 @@ class Registry:
                 if not manager.get_hookcallers(module):
                     raise PluginError("it implements no hook of sparsekit; mark its functions with sparsekit.hookimpl")
                 manager.check_pending()
+                check_interface(module, info.distribution)
                 found = {
                     kind: [(cls, checked(cls, kind, base)) for cls in _flat(getattr(manager.hook, hook)())]
                     for kind, (hook, base) in KINDS.items()
                 }
+            if not any(found.values()):
+                raise PluginError("its hooks return nothing; let them return the classes that it offers")
         except BaseException as error:
             info.error = error
             return
