@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from sparsekit.cli.study import study
 from sparsekit.cli.terminal import standard_streams
 from sparsekit.cli.track import track
 from sparsekit.errors import SparsekitError
+from sparsekit.registry.installed import PLUGINS
 
 #: Exit code after Ctrl-C.
 INTERRUPTED = 130
@@ -52,8 +54,10 @@ def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
+    no_plugins: Annotated[bool, typer.Option("--no-plugins", help="Load the built-ins alone.")] = False,
 ) -> None:
-    pass
+    if no_plugins:
+        os.environ[PLUGINS] = ""  # worker processes read it too
 
 
 def main() -> None:

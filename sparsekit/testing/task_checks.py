@@ -114,7 +114,6 @@ def _model(make: Callable[[], Task]) -> None:
         raise AssertionError("network() is another architecture than model()")
 
 
-@torch.no_grad()
 def _measure(make: Callable[[], Task]) -> None:
     task = make()
     model = task.model()
@@ -122,7 +121,8 @@ def _measure(make: Callable[[], Task]) -> None:
     if "loss" not in found:
         raise AssertionError(f"measure() gives {', '.join(found)}; 'loss' is needed")
     inputs, targets = _all(task, "tuning")
-    losses = task.likelihood.losses(model(inputs), targets).double()
+    with torch.no_grad():
+        losses = task.likelihood.losses(model(inputs), targets).double()
     if abs(found["loss"] - float(losses.mean())) > 1e-4 * max(1.0, abs(found["loss"])):
         raise AssertionError(
             f"measure() gives the loss {found['loss']:.6g}; the likelihood's, all examples in one batch, is "

@@ -193,3 +193,20 @@ def test_scores_of_another_shape_name_plugin_and_distribution(scores):
     wrong = type("Odd", (), {"name": "odd", "score": lambda self, context: scores, "__module__": "sparsekit_obs"})
     with pytest.raises(PluginError, match=r"'odd' .plugin 'obs' of sparsekit-obs .* a tensor \(3,\), a score for each"):
         scores_of(wrong(), SimpleNamespace(weights=torch.ones(3)))
+
+
+@pytest.mark.parametrize("name", ["Bad Name/../x", "", "-x", "a" * 51])
+def test_names_that_are_no_option_and_no_folder_are_refused(name):
+    registry = Registry(builtins, [FakeEntryPoint("p", offering(named(name)))])
+    assert "letters, digits and" in registry.plugins[-1].status
+
+
+def test_a_name_that_is_inherited_is_refused():
+    child = type("Child", (named("own"),), {})
+    registry = Registry(builtins, [FakeEntryPoint("p", offering(child))])
+    assert "has the `name` 'own' of the class that it inherits from" in registry.plugins[-1].status
+
+
+def test_a_plugin_that_registers_nothing_says_so():
+    registry = Registry(builtins, [FakeEntryPoint("p", offering())])
+    assert "its hooks return nothing" in registry.plugins[-1].status
