@@ -28,6 +28,7 @@ from sparsekit.methods.interfaces import (
     Settings,
     Task,
     TaskSettings,
+    Units,
 )
 from sparsekit.problem.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from sparsekit.problem.objective import Objective
@@ -74,6 +75,7 @@ __all__ = [
     "SparsekitError",
     "Task",
     "TaskSettings",
+    "Units",
     "hookimpl",
     "prune",
 ]

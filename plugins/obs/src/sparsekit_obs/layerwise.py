@@ -63,6 +63,11 @@ class LayerwiseSurgeon(CurvatureEstimator[LayerwiseSettings]):
     name: ClassVar[str] = "obs-layerwise"
     Settings: ClassVar[type[EstimatorSettings]] = LayerwiseSettings
     memory_settings: ClassVar[tuple[str, ...]] = ("slice_mebibytes",)
+    #: Of the kit: problems whose weights are all layers' own.
+    conformance: ClassVar[Mapping[str, object]] = {
+        "problems": ("mlp", "grouped", "tied", "no_bias", "bernoulli", "gaussian"),
+        "waived": {"large_damping": "a relative γ is of each layer's own diagonal: γΣ tends to I layer by layer"},
+    }
 
     #: Of γ, for inputs that are always zero: small beside any live one, and safe to divide by.
     DEAD = 1e-6

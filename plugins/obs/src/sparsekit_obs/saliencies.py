@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from math import comb
 from typing import ClassVar
@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit import Saliency, ScoreContext, Settings, SettingsError
+from sparsekit import ParameterSpace, Saliency, ScoreContext, Settings, SettingsError, Units
 from sparsekit.linalg import check_pivots, eliminate
 
 #: Subsets of a group beyond which the cheapest is found greedily.
@@ -79,6 +79,7 @@ class GroupSurgeon(Saliency):
 
     name: ClassVar[str] = "obs-group"
     of_groups: ClassVar[bool] = True
+    conformance: ClassVar[Mapping[str, object]] = {"units": lambda space: neighbours(space, 4)}  # of the kit
 
     def score(self, context: ScoreContext) -> Tensor:
         """(n,) shares of the groups' costs, in units of the loss.
@@ -96,6 +97,12 @@ class GroupSurgeon(Saliency):
             cost, members = cheapest(sigma, weights[index].double(), kept[index], units.removed)
             scores[index.gather(1, members)] = (cost[:, None] / units.removed).expand(members.shape).to(scores.dtype)
         return torch.where(kept, scores, 0.0)
+
+
+def neighbours(space: ParameterSpace, size: int) -> Units:
+    """Groups of `size` neighbours in memory, whole ones of each tensor, all of which go together."""
+    whole = [torch.arange(info.start, info.start + info.size // size * size) for info in space.parameters]
+    return Units(torch.cat(whole).view(-1, size), size)
 
 
 def cheapest(sigma: Tensor, weights: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
