@@ -104,7 +104,9 @@ def test_a_file_is_named_after_its_comparison(raw, request):
 def test_a_file_keeps_to_the_protocol(raw):
     given = validated(ComparisonSettings, raw, "")
     told = warnings(given, expand(given, REGISTRY))
-    allowed = ("nothing is tuned", "fine-tuned by different recipes")  # said in the report
+    allowed = ["nothing is tuned", "fine-tuned by different recipes"]  # said in the report
+    if raw["name"] == "fishleg-noise":  # asks what few examples cost
+        allowed.append("different numbers of examples")
     assert [line for line in told if not any(part in line for part in allowed)] == []
 
 

@@ -151,7 +151,8 @@ def undrawn(self, split, *, generator=None, **how):
 
 
 def of_batches(self, model, split):
-    losses = [self.likelihood.losses(model(x), y).mean() for x, y in self.batches(split, batch_size=200)]
+    with torch.no_grad():
+        losses = [self.likelihood.losses(model(x), y).mean() for x, y in self.batches(split, batch_size=200)]
     return {"loss": float(torch.stack(losses).mean())}
 
 
