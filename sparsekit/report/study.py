@@ -73,7 +73,9 @@ def study_of(comparison: Comparison) -> Study | None:
     found = networks(comparison)
     if not found:
         return None
-    return Study(sentences(found), figures_of(found), [settings(found), correlations(found), costs(found)])
+    return Study(
+        sentences(found), figures_of(found), [settings(found), correlations(found), strata(found), costs(found)]
+    )
 
 
 def networks(comparison: Comparison) -> list[Network]:
@@ -237,6 +239,39 @@ def correlations(found: Sequence[Network]) -> Table:
     return Table("Does ΔL predict the error?", columns, tuple(rows), heads=len(heads), notes=notes)
 
 
+def alike(found: Sequence[Network]) -> dict[str, list[Network]]:
+    """'criterion QM' or 'π = 14' -> its networks, where there are several of a kind and enough of each."""
+    kinds: dict[str, list[Network]] = {}
+    if len({network.criterion for network in found}) > 1:
+        for network in found:
+            kinds.setdefault(f"criterion {network.criterion}", []).append(network)
+    if len({network.substeps for network in found}) > 1:
+        for network in sorted(found, key=lambda n: n.substeps):
+            kinds.setdefault(f"π = {network.substeps}", []).append(network)
+    return {kind: some for kind, some in kinds.items() if len({n.setting for n in some}) >= FEWEST_NETWORKS}
+
+
+def strata(found: Sequence[Network]) -> Table:
+    """Spearman's correlation of ΔL with the error among networks of one criterion, and among those of one π."""
+    grouped, rows = any(n.group for n in found), []
+    for (group, sparsity), some in parts(found).items():
+        split = _split(some)
+        for kind, few in alike(some).items():
+            head = [*([group] if grouped else []), percent(sparsity), kind]
+            x, y = over_settings(few, split, split)
+            inner = within_seeds(few, split, split, spearman)
+            cells = (*head, spearman(x, y).text, "–" if inner is None else _signed(inner), str(len(x)))
+            rows.append(tuple(map(Cell, cells)))
+    heads = (*(("further axes",) if grouped else ()), "sparsity", "among")
+    notes = (
+        "A correlation over all networks may be owed to what they differ in besides ΔL; these hold one thing fixed.",
+    )
+    columns = (*heads, "Spearman's ρ", "within seeds", "networks")
+    return Table(
+        "The same among networks of one criterion, of one π", columns, tuple(rows), heads=len(heads), notes=notes
+    )
+
+
 def _by_sparsity(found: Sequence[Network]) -> dict[float, list[Network]]:
     out: dict[float, list[Network]] = {}
     for network in found:
@@ -247,7 +282,10 @@ def _by_sparsity(found: Sequence[Network]) -> dict[float, list[Network]]:
 def _signed(found: Difference) -> str:
     if found.interval is None:
         return f"{found.mean:+.2f}"
-    return f"{found.mean:+.2f} ({found.interval[0]:+.2f} to {found.interval[1]:+.2f})"
+    low, high = (
+        max(-1.0, min(1.0, end)) for end in found.interval
+    )  # a t interval knows no bounds, a correlation has them
+    return f"{found.mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def costs(found: Sequence[Network]) -> Table:
@@ -352,4 +390,14 @@ def _prediction(some: Sequence[Network]) -> list[str]:
     verdict = "says nothing that this data could tell from chance about" if found.low <= 0 <= found.high else (
         "rises with" if found.value > 0 else "falls with"
     )  # fmt: skip
-    return [f"over {len(x)} networks ΔL {verdict} the error (Spearman {found.text})."]
+    out = [f"over {len(x)} networks ΔL {verdict} the error (Spearman {found.text})."]
+    for what in ("criterion", "π"):
+        values = {
+            kind.removeprefix("criterion "): spearman(*over_settings(few, split, split)).value
+            for kind, few in alike(some).items()
+            if kind.startswith(what)
+        }
+        if values:
+            each = ", ".join(f"{kind} {value:+.2f}" for kind, value in values.items())
+            out.append(f"among networks of one {what}, Spearman is: {each}.")
+    return out

@@ -10,7 +10,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sparsekit.compare.plan import Comparison, Failure
+from sparsekit.compare.plan import Comparison, Failure, Plan
 from sparsekit.files import atomic_write
 from sparsekit.report import export, figures, ledger, tables, words
 from sparsekit.report.drawing import Figure
@@ -102,7 +102,7 @@ def _content(summary: Summary, directory: Path, output: Path | None) -> dict[str
         "study": study_of(comparison),
         "tuning": words.tuning(comparison.tuning),
         "trials": ledger.trials(comparison.tuning) if comparison.tuning is not None else None,
-        "sections": [_section(task, f"task-{i}", comparison.plan.reference) for i, task in enumerate(summary.tasks)],
+        "sections": [_section(task, f"task-{i}", comparison.plan) for i, task in enumerate(summary.tasks)],
         "departures": ledger.departures(summary),
         "mishaps": ledger.mishaps(summary),
         "details": _details(summary),
@@ -112,17 +112,18 @@ def _content(summary: Summary, directory: Path, output: Path | None) -> dict[str
     }
 
 
-def _section(task: TaskSummary, anchor: str, reference: str | None) -> Section:
+def _section(task: TaskSummary, anchor: str, plan: Plan) -> Section:
+    study = bool(plan.file.get("study"))  # has figures and sentences of its own; those by method are one line a setting
     took = [ledger.cost(task), ledger.reached(task), ledger.multiply_adds(task), ledger.losses(task)]
     return Section(
         name=task.name,
         anchor=anchor,
         dense=words.dense(task),
         unit=f", in{task.metric.unit}" if task.metric.unit else "",
-        says=words.of_task(task, reference),
-        more=words.by_method(task),
-        figures=figures.of_task(task, anchor),
-        reached=list(tables.of_task(task, reference)),
+        says=[] if study else words.of_task(task, plan.reference),
+        more=[] if study else words.by_method(task),
+        figures=[] if study else figures.of_task(task, anchor),
+        reached=list(tables.of_task(task, plan.reference)),
         took=[table for table in took if table is not None],
     )
 

@@ -5,7 +5,18 @@ from scipy import stats
 
 from sparsekit.errors import DataError
 from sparsekit.report.correlation import kendall, spearman
-from sparsekit.report.study import Network, best, chosen, correlations, costs, over_settings, sentences, settings
+from sparsekit.report.study import (
+    Network,
+    alike,
+    best,
+    chosen,
+    correlations,
+    costs,
+    over_settings,
+    sentences,
+    settings,
+    strata,
+)
 from sparsekit.report.study_figures import figures_of
 
 X = [0.1, 0.4, 0.2, 0.9, 0.7, 0.3]
@@ -135,3 +146,22 @@ def test_figures_of_all_four_kinds():
 def test_one_pi_and_one_lambda_leave_two_figures_out():
     some = [network(criterion, increase=i) for i, criterion in enumerate(("A", "B", "C", "D"))]
     assert [figure.name for figure in figures_of(some)] == ["study-0-predicted", "study-0-error"]
+
+
+def test_a_relation_that_only_the_criteria_have_is_none_within_each():
+    """Two criteria far apart in both; within each, ΔL and error are opposed."""
+    apart = {"A": (0.0, 0.0), "B": (10.0, 0.5)}
+    found = [
+        network(criterion=name, penalty=float(i), increase=base + i, error=error - 0.01 * i)
+        for name, (base, error) in apart.items()
+        for i in range(4)
+    ]
+    table = strata(found)
+    assert [(row[1].text, row[2].text[:5]) for row in table.rows] == [
+        ("criterion A", "-1.00"),
+        ("criterion B", "-1.00"),
+    ]
+
+
+def test_kinds_of_too_few_networks_are_left_out():
+    assert alike([network(criterion="A", penalty=float(i)) for i in range(3)] + [network(criterion="B")]) == {}
