@@ -159,9 +159,8 @@ def main() -> None:
     torch.set_num_threads(1)
     print(", ".join(f"{k} {v}" for k, v in describe_machine(torch.device("cpu")).items()) + "\n")
     if given.diagonals:
-        print(
-            "| network, weights | examples | exact | sampled | importance | exact / sampled |\n|---|---|---|---|---|---|"
-        )
+        print("| network, weights | examples | exact | sampled | importance | exact / sampled |")
+        print("|---|---|---|---|---|---|")
         for name in given.networks:
             diagonals(name, given.examples, given.batch, given.repetitions)
         return
