@@ -20,4 +20,5 @@ tests:
 	$(PYTEST)
 
 docs:
-	$(PYTEST) tests/test_docs.py
+	$(PYTEST) tests/test_docs.py tests/test_site.py tests/test_examples.py
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict --site-dir build/site

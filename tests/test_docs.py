@@ -36,7 +36,8 @@ def test_a_run_of_the_readme_is_accepted(command, tmp_path):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files(document):
     links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", document.read_text())
-    assert [link for link in links if not (document.parent / link).exists()] == []
+    made = "reference/"  # pages that are made with the site, which looks after links to them
+    assert [link for link in links if made not in link and not (document.parent / link).exists()] == []
 
 
 def rooms():

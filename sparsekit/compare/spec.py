@@ -80,7 +80,7 @@ class ComparisonSettings(Settings):
     )
     study: bool = Field(False, description="of the loss: methods are criteria, and the report asks what ΔL predicts")
     tune: TuningSettings | None = Field(None, description="how dampings are chosen; none: they are as written")
-    tracking: TrackingSettings = Field(TrackingSettings())
+    tracking: TrackingSettings = Field(TrackingSettings(), description="in MLflow")
 
     @model_validator(mode="after")
     def _consistent(self) -> ComparisonSettings:

@@ -58,7 +58,7 @@ class StudySettings(Settings):
     axes: dict[str, object] = Field({}, description="further ones, as in a comparison's file")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="each network is made with each of them")
     networks: Literal["one", "each"] = Field("each", description="one dense network, or each seed its own")
-    tracking: TrackingSettings = Field(TrackingSettings())
+    tracking: TrackingSettings = Field(TrackingSettings(), description="in MLflow")
 
 
 def comparison(study: StudySettings, registry: Registry) -> ComparisonSettings:

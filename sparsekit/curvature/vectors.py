@@ -11,6 +11,7 @@ from sparsekit.errors import CurvatureError
 from sparsekit.problem.likelihoods import Likelihood
 
 FisherKind = Literal["importance", "sampled", "exact", "empirical"]
+"""Which Fisher: one weighted column of Λ^{1/2} an example, sampled labels, all columns, or the data's labels."""
 
 
 def output_vectors(

@@ -108,10 +108,10 @@ class FinetuneSettings(Settings):
     """Masked training with momentum SGD after a cut; the same for all compared methods."""
 
     epochs: float = Field(0.0, ge=0, description="passes over the training examples after each step; 0: none")
-    learning_rate: float = Field(0.01, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
-    batch_size: int = Field(128, ge=1)
+    learning_rate: float = Field(0.01, gt=0, description="at the beginning of each step")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD; cleared for removed weights")
+    weight_decay: float = Field(5e-4, ge=0, description="L2, on all parameters that are trained")
+    batch_size: int = Field(128, ge=1, description="examples in one optimiser step")
     decay: Literal["cosine", "constant", "stepwise"] = Field(
         "cosine", description="of the learning rate within one step; stepwise: a tenth after every decay_every epochs"
     )

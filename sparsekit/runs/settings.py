@@ -107,7 +107,7 @@ class RunSettings(Settings):
     include: tuple[str, ...] | None = Field(None, description="shell patterns of parameter names to prune")
     exclude: tuple[str, ...] = Field((), description="shell patterns of parameter names to leave alone")
     output: str = Field("runs", description="folder of the runs' directories")
-    tracking: TrackingSettings = Field(TrackingSettings())
+    tracking: TrackingSettings = Field(TrackingSettings(), description="in MLflow")
 
     @property
     def users_of_examples(self) -> dict[str, ReconstructionSettings | BatchNormSettings]:

@@ -17,8 +17,8 @@ from sparsekit.problem.parameters import Mask, ParameterSpace
 from sparsekit.removal import InverseFisher
 from sparsekit.testing.problems import problem
 
-#: The objective and the estimator's settings -> the precision H = F + γI, (n, n), that Σ must be the inverse of.
 Expected = Callable[[Objective, Any], Tensor]
+"""The objective and the estimator's settings -> the precision H = F + γI, (n, n), that Σ must be the inverse of."""
 
 
 @dataclass(frozen=True)
