@@ -54,6 +54,11 @@ class CompensationSettings(Settings):
     )
 
 
+#: The default ridges of a reconstruction, relative to the mean of diag Â: docs/results/batch-norm.md.
+RIDGE = 0.03
+RIDGE_BEFORE_TRAINING = 0.3
+
+
 class ReconstructionSettings(Settings):
     """How layers are fitted to their outputs in the dense network; see `reconstruction`."""
 
@@ -71,7 +76,12 @@ class ReconstructionSettings(Settings):
     positions: int | None = Field(
         64, ge=1, description="drawn for each example and layer, of those that a weight is applied at; null: all"
     )
-    ridge: float = Field(1e-3, ge=0, description="towards the weights as they are, relative to the mean of diag Â")
+    ridge: float | None = Field(
+        None,
+        ge=0,
+        description="towards the weights as they are, relative to the mean of diag Â; by default 0.3 where training "
+        "follows, to which large weights are a burden, else 0.03",
+    )
     norms: bool = Field(
         True,
         description="fit the bias of a batch normalisation that follows a layer without one, as if it were its own",
@@ -82,6 +92,12 @@ class ReconstructionSettings(Settings):
     cache_mebibytes: int = Field(
         1024, ge=0, description="host memory for activations that need not be computed again; 0: none"
     )
+
+    def with_ridge(self, trained: bool) -> Self:
+        """These settings with a ridge: what was given, else the default with or without training after the fit."""
+        if self.ridge is not None:
+            return self
+        return self.model_copy(update={"ridge": RIDGE_BEFORE_TRAINING if trained else RIDGE})
 
     @model_validator(mode="after")
     def _told_how(self) -> Self:

@@ -104,7 +104,7 @@ class Reconstruction:
     ) -> None:
         if not batches:
             raise DataError("reconstruction has no examples: give reconstruction.examples of one at least")
-        self._batches, self._settings = batches, settings
+        self._batches, self._settings = batches, settings.with_ridge(trained=False)
         self._weighting, self._seed = dict(weighting or {}), seed
         self._held = min(len(batches) - 1, round(settings.held_out * len(batches)))
         cache = settings.cache_mebibytes << 20
@@ -114,7 +114,7 @@ class Reconstruction:
         self._dense_weights = LayerWeights(dense, space, mask)
         self._layers, self.left = self._regressions(model, dense)
         for layer in self._layers:
-            if not settings.ridge and layer.rows < layer.width:
+            if settings.ridge == 0 and layer.rows < layer.width:
                 raise SettingsError(
                     f"reconstruction of '{layer.name}' without ridge has {layer.rows:,} equations for {layer.width:,} "
                     "unknowns; give more reconstruction.examples or positions, or a reconstruction.ridge"
@@ -211,7 +211,7 @@ class Reconstruction:
                 B,
                 fitted,
                 biased=layer.bias is not None,
-                ridge=self._settings.ridge,
+                ridge=self._settings.ridge or 0.0,
                 smallest_ridge=torch.finfo(self._weights.tensor(layer.piece).dtype).eps,
             )
         except (CurvatureError, ModelError) as error:

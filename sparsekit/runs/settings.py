@@ -242,6 +242,9 @@ def resolve(raw: Mapping[str, object], registry: Registry) -> ResolvedRun:
             f"finetune.refine_every = {recipe.refine_every} updates the estimator while fine-tuning, of which there is "
             "none; set finetune.epochs, or leave refine_every out"
         )
+    if settings.reconstruction.how != "none":
+        fitted = settings.reconstruction.with_ridge(trained=recipe.epochs > 0)
+        settings = settings.model_copy(update={"reconstruction": fitted})
     sparsity = tuple(sorted(set(settings.sparsity or task.cls.sparsity)))
     check_cuts(len(sparsity), settings.steps, settings.substeps)
     one_cut = schedule.cls.name == "one-shot" and settings.substeps == 1 and recipe.epochs == 0

@@ -162,3 +162,10 @@ def test_what_is_known_is_said_once_for_several_unknown_settings(registry):
         resolve({"first": 1, "other": 2}, registry)
     assert str(refused.value).count("Known: ") == 1
     assert str(refused.value).startswith("there is no setting 'first'; there is no setting 'other'. Known: ")
+
+
+@pytest.mark.parametrize(("given", "epochs", "ridge"), [({}, 0, 0.03), ({}, 1, 0.3), ({"ridge": 0.1}, 1, 0.1)])
+def test_the_ridge_of_a_fit_depends_on_the_training_after_it(registry, given, epochs, ridge):
+    raw = {"reconstruction": {"how": "fisher", **given}, "finetune": {"epochs": epochs}}
+    made = resolve(raw, registry)
+    assert made.as_dict()["reconstruction"]["ridge"] == ridge
