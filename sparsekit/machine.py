@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -25,25 +25,40 @@ class Memory(NamedTuple):
 
 
 def find_device(asked: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `cuda:N`.
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`, or of another type that torch knows here.
 
     Raises:
-        SettingsError: CUDA was asked for and is not there.
+        SettingsError: an accelerator was asked for and is not there.
     """
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = asked.partition(":")
-    if kind == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind != "cpu":
+        module: Any = getattr(torch, kind, None)
+        count = module.device_count() if hasattr(module, "device_count") and module.is_available() else 0
         if int(number or 0) >= count:  # before torch sees it, which takes no number above 127
-            found = f"{count} CUDA devices" if count else "no CUDA device"
+            shown = kind.upper() if kind == "cuda" else f"'{kind}'"
+            found = f"{count} {shown} devices" if count else f"no {shown} device"
             raise SettingsError(f"device '{asked}' was asked for; torch finds {found} here. Use --device cpu or auto")
     return torch.device(asked)
 
 
+def accelerator(device: torch.device) -> Any:
+    """Torch's module for an accelerator's type, such as `torch.cuda`; None for the CPU."""
+    return None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done all that was asked of it."""
+    module = accelerator(device)
+    if module is not None:
+        module.synchronize(device)
+
+
 def describe_machine(device: torch.device) -> dict[str, str]:
     """What a run's seconds were measured on, and with which versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    module = accelerator(device)
+    name = module.get_device_name(device) if module else platform.processor() or platform.machine()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -56,18 +71,20 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 
 def forget_peak_memory(device: torch.device) -> None:
     """Have `peak_memory` speak of what comes; on other systems than Linux it speaks of the whole process."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    module = accelerator(device)
+    if module is not None:
+        module.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         with suppress(OSError):  # a kernel without it
             Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(model: nn.Module) -> int:
-    """Bytes: allocated on the CUDA device, or resident in the process, at most since `forget_peak_memory`."""
+    """Bytes: allocated on the accelerator, or resident in the process, at most since `forget_peak_memory`."""
     device = next(model.parameters()).device
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    module = accelerator(device)
+    if module is not None:
+        return int(module.max_memory_allocated(device))
     if sys.platform == "linux":
         with suppress(OSError):
             lines = Path("/proc/self/status").read_text().splitlines()
@@ -83,9 +100,15 @@ def peak_memory(model: nn.Module) -> int:
 
 
 def available_memory(device: torch.device) -> Memory:
-    """Bytes that can still be allocated on the device and on the host."""
-    host = int(psutil.virtual_memory().available)
-    return Memory(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host, host)
+    """Bytes that can still be allocated on the device and on the host.
+
+    What torch's allocator holds in its cache is free: it gives it out again.
+    """
+    host, module = int(psutil.virtual_memory().available), accelerator(device)
+    if module is None:
+        return Memory(host, host)
+    cached = module.memory_reserved(device) - module.memory_allocated(device)
+    return Memory(int(module.mem_get_info(device)[0]) + max(int(cached), 0), host)
 
 
 def now() -> str:

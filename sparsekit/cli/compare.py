@@ -87,7 +87,7 @@ def carry_out(
         with work.lock():
             found, report, trouble = _work(
                 work,
-                lambda: EXECUTORS[executor](count, threads, sketch.memory, int(device.type == "cuda")),
+                lambda: EXECUTORS[executor](count, threads, sketch.memory, int(device.type != "cpu")),
                 retry_failed,
             )
     keep(report)

@@ -120,7 +120,7 @@ def _memory(point: Point) -> int:
 
 def workers_for(cores: int, memory: int, threads: int, device: torch.device) -> int:
     """As many workers as cores and free memory allow; one on a GPU, because runs would compete for its memory."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         return 1
     return max(1, min(cores // threads, int(0.9 * available_memory(device).host // memory)))
 
@@ -257,7 +257,7 @@ class Engine:
                 run = resolve({**seeded, "output": str(self.directory / RUNS)}, self.registry)
                 task, found, _ = self._source(run)
                 run = with_examples(run, task)
-                key = run_key(identity(run, self.registry, found, find_device(run.settings.device)))
+                key = run_key(identity(run, self.registry, found))
                 path = RunDirectory.of(Path(RUNS), task.name, run.estimator.cls.name, key).path
                 runs.append(
                     PlannedRun(
@@ -302,8 +302,7 @@ class Engine:
             resolved = resolve(run.settings, self.registry)
             task, found, _ = self._source(resolved)
             resolved = with_examples(resolved, task)
-            device = find_device(resolved.settings.device)
-            of = identity(resolved, self.registry, found, device)
+            of = identity(resolved, self.registry, found)
             key = SharedStatistics.key(of, resolved.estimator.cls, resolved.estimator.settings)
             groups.setdefault(key, []).append(run)
         return [tuple(group) for group in groups.values()]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 
-import torch
-
-from sparsekit.machine import find_device
+from sparsekit.machine import find_device, wait_for
 from sparsekit.runs.preview import planned
 from sparsekit.runs.settings import ResolvedRun
 
@@ -47,7 +45,6 @@ def seconds_of_an_example(resolved: ResolvedRun, batch_size: int = 64) -> float:
     for _ in range(3):  # the first one allocates
         started = time.perf_counter()
         task.likelihood.losses(model(inputs), targets).mean().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - started)
     return best / len(inputs)

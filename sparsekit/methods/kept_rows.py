@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsekit.linalg import DiagonalPlusLowRank, DirectSum, LinearOperator
 from sparsekit.linalg.lowrank import PAGE_BYTES
+from sparsekit.machine import available_memory
 from sparsekit.methods.block_settings import BlockFisherSettings
 from sparsekit.problem.objective import Objective
 from sparsekit.problem.parameters import ParameterSpace
@@ -42,9 +43,9 @@ class KeptRows:
     def place(self, device: torch.device, count: int, dtype: torch.dtype) -> torch.device:
         """The device of the rows while the model is on `device`."""
         where = self.settings.rows_on
-        if where == "auto" and device.type == "cuda":
+        if where == "auto" and device.type not in ("cpu", "meta"):
             needed = count * self.space.size * dtype.itemsize + self.beside(self.space, self.settings, self.sizes)
-            where = "device" if needed < 0.8 * torch.cuda.mem_get_info(device)[0] else "host"
+            where = "device" if needed < 0.8 * available_memory(device).device else "host"
         return torch.device("cpu") if where == "host" else device
 
     @property

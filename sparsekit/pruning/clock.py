@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from sparsekit.machine import wait_for
+
 
 class Clock:
     """Seconds by phase; waits for the device, so that each phase includes its own work."""
@@ -16,8 +18,7 @@ class Clock:
         self._last = self._now()
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        wait_for(self._device)
         return time.perf_counter()
 
     def lap(self, phase: str) -> None:

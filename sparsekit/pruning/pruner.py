@@ -207,7 +207,7 @@ class Pruner:
         yield self._started("curvature", step)
         curvature: Metrics = {}
         if step.refresh:
-            generator = self._generator("labels", step.index, objective.device)
+            generator = self._generator("labels", step.index)
             curvature = self.update(step, self.estimator, objective, generator)
         inverse = inverse_of(self.estimator)
         clock.lap("curvature")
@@ -263,7 +263,7 @@ class Pruner:
         """Score, choose and remove; updates the model, the mask and the estimator."""
         assert self.state.mask is not None
         weights = self.space.read(self.model)
-        generator = self._generator("saliency", step.index, weights.device)
+        generator = self._generator("saliency", step.index)
         removal, mask, expected = self._surgeon.remove(
             weights, self.state.mask, step.sparsity, inverse, objective, generator, as_before=_from_dense_again(step)
         )
@@ -294,7 +294,7 @@ class Pruner:
                 clock.lap("finetune")
                 calibration = self.calibration(self._generator(f"refine/{done}", step.index))
                 objective = Objective(self.model, self.likelihood, calibration, self.space)
-                labels = self._generator(f"refine labels/{done}", step.index, mask.kept.device)
+                labels = self._generator(f"refine labels/{done}", step.index)
                 figures = self.estimator.update(objective, generator=labels)
                 self._refined = {f"refined/{name}": value for name, value in figures.items()}
                 clock.lap("curvature")
@@ -315,8 +315,8 @@ class Pruner:
         """The step whose calibration examples are used: the last one with a refresh."""
         return max((s.index for s in self.steps[: step.index + 1] if s.refresh), default=0)
 
-    def _generator(self, purpose: str, index: int, device: torch.device | None = None) -> torch.Generator:
-        return generator_for(self.seed, purpose, index, device)
+    def _generator(self, purpose: str, index: int) -> torch.Generator:
+        return generator_for(self.seed, purpose, index)
 
 
 class _Watched(Sequence[Batch]):

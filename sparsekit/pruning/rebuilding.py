@@ -113,6 +113,6 @@ class Rebuilding:
         if not self._weighting:  # from the dense network, so that it is the same before and after an interruption
             examples = self._calibration(generator_for(self._seed, "outputs", 0))
             objective = Objective(dense, self._likelihood, examples, self._space)
-            generator = generator_for(self._seed, "output labels", 0, objective.device)
+            generator = generator_for(self._seed, "output labels", 0)
             self._weighting = output_moments(objective, estimator.settings.fisher, generator)
         return {**self._weighting, **found}

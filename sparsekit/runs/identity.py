@@ -20,14 +20,15 @@ def sources(task: Task, model: nn.Module) -> dict[str, str]:
     return {"weights": _hash_tensors(model.state_dict()), "data": task.fingerprint()}
 
 
-def identity(
-    resolved: ResolvedRun, registry: Registry, found: Mapping[str, str], device: torch.device
-) -> dict[str, object]:
-    """Everything that determines the result, and nothing else; `found` is the result of `sources`."""
+def identity(resolved: ResolvedRun, registry: Registry, found: Mapping[str, str]) -> dict[str, object]:
+    """Everything that determines the result, and nothing else; `found` is the result of `sources`.
+
+    The device is not part of it: draws are the same everywhere, so that a run may go on on another. What then
+    differs is rounding, and what hangs on it, such as which of two weights of nearly equal score goes.
+    """
     settings = resolved.as_dict()
-    for key in ("output", "tracking", "preset"):  # a preset's settings are in the others
+    for key in ("output", "tracking", "preset", "device"):  # a preset's settings are in the others
         del settings[key]
-    settings["device"] = device.type
     for key in ("data_dir", "checkpoint"):  # paths, whose contents are hashed in `found`
         settings["task"].pop(key, None)
     return {

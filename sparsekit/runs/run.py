@@ -78,7 +78,7 @@ def execute(
         shown = preview(resolved)
     estimator = resolved.estimator.build(shown.space)
     model, prepared = _dense(task, device, progress)
-    identity = run_identity(resolved, registry, sources(task, model), device)
+    identity = run_identity(resolved, registry, sources(task, model))
     directory = RunDirectory.of(Path(resolved.settings.output), task.name, estimator.name, run_key(identity))
     if apart is not None:
         directory = directory.copied(apart)

@@ -103,7 +103,7 @@ class RunSettings(Settings):
     split: Split = Field("reporting", description="examples that metrics are measured on; tune on 'tuning'")
     also_measured: tuple[Split, ...] = Field((), description="other examples; their metrics are named SPLIT/METRIC")
     seed: int = Field(0, ge=0, description="of calibration examples, sampled labels and fine-tuning order")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$", description="auto, cpu, cuda or cuda:N")
+    device: str = Field("auto", pattern=r"^(auto|cpu|[a-z]+(:[0-9]{1,3})?)$", description="auto, cpu, cuda or cuda:N")
     include: tuple[str, ...] | None = Field(None, description="shell patterns of parameter names to prune")
     exclude: tuple[str, ...] = Field((), description="shell patterns of parameter names to leave alone")
     output: str = Field("runs", description="folder of the runs' directories")

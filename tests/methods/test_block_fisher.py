@@ -307,12 +307,12 @@ def test_what_is_restored_beside_the_rows_lies_with_the_model(objective):
 
 
 @pytest.mark.gpu
-def test_rows_restored_to_the_host_are_paged_to_the_model(objective):
+def test_rows_restored_to_the_host_are_paged_to_the_model(objective, accelerator):
     first, second = (Fisher(objective.space, options(store="rows", rows_on="host")) for _ in range(2))
     first.update(objective, generator=torch.Generator().manual_seed(0))
-    cuda, state = torch.device("cuda"), first.state_dict()
-    second.load_state_dict({k: t.to(second.state_device(k, t, cuda)) for k, t in state.items()})
-    assert second.inverse().operator.device.type == "cuda"
+    state = first.state_dict()
+    second.load_state_dict({k: t.to(second.state_device(k, t, accelerator)) for k, t in state.items()})
+    assert second.inverse().operator.device.type == accelerator.type
     assert_close(second.inverse().diagonal().cpu(), first.inverse().diagonal())
 
 

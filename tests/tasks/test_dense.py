@@ -94,10 +94,10 @@ def test_state_of_a_version_that_counted_epochs_is_thrown_away(build):
 
 
 @pytest.mark.gpu
-def test_training_is_on_the_task_s_device_and_its_network_on_the_cpu(build, monkeypatch):
+def test_training_is_on_the_task_s_device_and_its_network_on_the_cpu(build, accelerator):
     task, seen = build(), []
-    task.device = torch.device("cuda")
-    task.progress = lambda *_: seen.append(torch.cuda.memory_allocated() > 0)
+    task.device, memory = accelerator, torch.get_device_module(accelerator)
+    task.progress = lambda *_: seen.append(memory.memory_allocated() > 0)
     assert {p.device.type for p in task.model().parameters()} == {"cpu"}
     assert all(seen)
 
