@@ -11,7 +11,7 @@ from sparsekit import processes
 from sparsekit.curvature.functional import functional_gradients, one_by_one
 from sparsekit.curvature.hooked_layers import HookedLayer, hooked_layers, record_uses
 from sparsekit.curvature.layers import LayerGradients
-from sparsekit.curvature.sums import BATCHES
+from sparsekit.curvature.sums import BATCHES, FiniteSums
 from sparsekit.curvature.vectors import FisherKind, output_vectors, refuse_rounding
 from sparsekit.errors import CurvatureError, ModelError, SettingsError
 from sparsekit.problem.networks import check_examples_apart
@@ -56,6 +56,7 @@ def layer_gradients(
     with as_found(model):
         hooked, checked = _traced(model, space), False
         batches = _own_share(objective, fisher, generator) if shared and processes.size() > 1 else objective.weighted()
+        finite = FiniteSums()
         for inputs, given, weight in batches:
             with record_uses(hooked), torch.enable_grad():
                 output = model(inputs)
@@ -76,8 +77,9 @@ def layer_gradients(
                 rest = functional_gradients(model, functional, inputs, vector) if functional else {}
                 for name, rows in rest.items():
                     found[name] = LayerGradients(name, rows.shape[1:], len(vector), rows=rows.to(vector.dtype))
-                _check_finite(found)
+                finite.add({name: one.parts() for name, one in found.items()})
                 yield {name: found[name] for name in space.names}
+        finite.check()
 
 
 def _traced(model: nn.Module, space: ParameterSpace) -> list[HookedLayer]:
@@ -111,17 +113,6 @@ def _own_share(
             f"{number + 1} calibration batches are shared by {processes.size()} processes, {BATCHES} at a time, so "
             "that one at least has none: lower estimator.batch_size, or start fewer processes"
         )
-
-
-def _check_finite(gradients: Mapping[str, LayerGradients]) -> None:
-    """A CurvatureError where a gradient, or what it is a product of, is not finite."""
-    # A sum over what is not finite is not finite, and several times cheaper than `isfinite`. It may overflow
-    # over finite values too, so it acquits but does not convict.
-    if bool(torch.stack([part.sum().double() for one in gradients.values() for part in one.parts()]).sum().isfinite()):
-        return
-    for name, one in gradients.items():
-        if not all(bool(rows.isfinite().all()) for rows in one.slices()):
-            raise CurvatureError(f"the gradients of '{name}' are not finite; check the data, the loss and the weights")
 
 
 def _others(space: ParameterSpace, hooked: Sequence[HookedLayer]) -> list[str]:

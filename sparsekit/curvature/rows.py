@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sparsekit.curvature.passes import layer_gradients
+from sparsekit.curvature.sums import FiniteSums
 from sparsekit.curvature.vectors import FisherKind
-from sparsekit.errors import CurvatureError
 from sparsekit.problem.objective import Objective
 
 
@@ -24,7 +24,7 @@ def gradient_rows(
 
     Args and errors: as `layer_gradients`.
     """
-    space = objective.space
+    space, finite = objective.space, FiniteSums()
     for gradients in layer_gradients(objective, fisher, generator=generator):
         rows = None
         for name, one in gradients.items():
@@ -33,11 +33,9 @@ def gradient_rows(
                 rows = found.new_empty(len(one), space.size)
             rows[:, space[name].slice] = found.reshape(len(one), -1)
         assert rows is not None
-        if not bool(rows.sum().isfinite()) and not bool(rows.isfinite().all()):  # factors may be finite alone
-            at = int((~rows.isfinite()).any(0).nonzero()[0])
-            name = next(info.name for info in space.parameters if at < info.slice.stop)
-            raise CurvatureError(f"the gradients of '{name}' are not finite; check the data, the loss and the weights")
+        finite.add({info.name: [rows[:, info.slice]] for info in space.parameters})  # factors may be finite alone
         yield rows
+    finite.check()
 
 
 def per_example_gradients(

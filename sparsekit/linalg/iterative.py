@@ -15,6 +15,11 @@ from sparsekit.errors import CurvatureError
 SLACK = 100
 
 
+#: Iterations between two looks at the residual on an accelerator, whose host has to wait for each. Those after the
+#: solution is reached change nothing.
+CHECK_EVERY = 8
+
+
 @dataclass(frozen=True)
 class ConjugateGradients:
     """The result of a solve.
@@ -83,21 +88,24 @@ def conjugate_gradients(
     z = preconditioner(r)
     rz = torch.dot(r, z)
     scale = torch.dot(b, preconditioner(b))
-    threshold = tolerance**2 * float(scale)
+    threshold = tolerance**2 * scale
     direction = z
-    iterations = 0
-    while float(rz) > threshold and iterations < max_iterations:
+    every = 1 if b.device.type == "cpu" else CHECK_EVERY
+    going, done = rz > threshold, torch.zeros((), dtype=torch.long, device=b.device)
+    for iteration in range(max_iterations):
+        if iteration % every == 0 and not bool(going):
+            break
         image = product(direction)
         curvature = torch.dot(direction, image)
-        if not float(curvature) > 0:  # the precision is exhausted, or A is not positive definite
-            break
-        step = rz / curvature
+        going = going & (curvature > 0)  # where not, the precision is exhausted, or A is not positive definite
+        step = torch.where(going, rz / curvature, 0.0)
         x = x + step * direction
         r = r - step * image
         z = preconditioner(r)
-        rz, previous = torch.dot(r, z), rz
-        direction = z + (rz / previous) * direction
-        iterations += 1
-    norm = float(scale)
-    residual = (max(float(rz), 0.0) / norm) ** 0.5 if norm > 0 else (0.0 if norm == 0 else math.nan)
-    return ConjugateGradients(x, iterations, residual, norm >= 0 and float(rz) <= threshold)
+        rz, previous = torch.where(going, torch.dot(r, z), rz), rz
+        direction = z + torch.where(going, rz / previous, 0.0) * direction
+        done += going
+        going = going & (rz > threshold)
+    iterations, norm, left = torch.stack([part.double() for part in (done, scale, rz)]).tolist()
+    residual = (max(left, 0.0) / norm) ** 0.5 if norm > 0 else (0.0 if norm == 0 else math.nan)
+    return ConjugateGradients(x, int(iterations), residual, norm >= 0 and left <= tolerance**2 * norm)

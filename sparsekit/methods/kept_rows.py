@@ -32,12 +32,13 @@ class KeptRows:
         self.rows = None  # freed before the same amount is allocated
         where = self.place(objective.device, count, objective.dtype)
         kept = torch.empty(count, self.space.size, dtype=objective.dtype, device=where)
-        done, squares = 0, 0.0
+        done, squares = 0, torch.zeros((), dtype=torch.float64, device=objective.device)
         for batch in rows:
             kept[done : done + len(batch)] = batch
-            squares += sum(float(row.double().square().sum()) for row in batch)
+            for row in batch:  # a row at a time: all in double precision would take twice their memory
+                squares += row.double().square().sum()
             done += len(batch)
-        self.rows, self.mean_diagonal = kept, squares / count / self.space.size
+        self.rows, self.mean_diagonal = kept, float(squares) / count / self.space.size
         return done
 
     def place(self, device: torch.device, count: int, dtype: torch.dtype) -> torch.device:

@@ -90,7 +90,10 @@ class ReconstructionSettings(Settings):
     when: Literal["cut", "level"] = Field("cut", description="after every cut, or only where a level is reached")
     held_out: float = Field(0.125, ge=0, lt=1, description="fraction of the batches that fits are judged on")
     cache_mebibytes: int = Field(
-        1024, ge=0, description="host memory for activations that need not be computed again; 0: none"
+        1024,
+        ge=0,
+        description="for activations that need not be computed again, on the device while there is room, else on the "
+        "host; 0: none",
     )
 
     def with_ridge(self, trained: bool) -> Self:

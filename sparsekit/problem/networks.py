@@ -164,9 +164,12 @@ def _buffers_as_found(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
+            # changes through `.data` and by some kernels do not raise the version; NaN is not equal to itself
+            quiet = [(buffer, value) for _, _, buffer, value, version in found if _version(buffer) == version]
+            differs = torch.stack([(a != b).any() for a, b in quiet]).tolist() if quiet else []  # one wait for all
+            changed = {id(buffer) for (buffer, _), other in zip(quiet, differs, strict=True) if other}
             for module, name, buffer, value, version in found:
-                # changes through `.data` and by some kernels do not raise the version; NaN is not equal to itself
-                if _version(buffer) != version or not torch.equal(buffer, value):
+                if _version(buffer) != version or id(buffer) in changed:
                     buffer.copy_(value)
                 module._buffers[name] = buffer
 

@@ -149,13 +149,13 @@ class Objective:
 
     def loss(self) -> float:
         """L(w) at the model's present weights."""
-        total, count = 0.0, 0
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         with as_found(self.model), torch.no_grad():
             for inputs, targets, weight in self.weighted():
                 losses = self.likelihood.losses(self.model(inputs), targets)
-                total += float(losses.double().sum()) * weight
+                total += losses.double().sum() * weight
                 count += len(losses)
-        return finite_loss(total / some(count))
+        return finite_loss(float(total) / some(count))
 
     def gradient(self) -> Tensor:
         """∇L(w), (n,)."""
@@ -183,7 +183,8 @@ class Mean:
     """
 
     def __init__(self) -> None:
-        self._total, self._count, self._examples, self._unit = 0.0, 0.0, 0, 0.0
+        self._total: Tensor | None = None  # stays on the device until it is asked for
+        self._count, self._examples, self._unit = 0.0, 0, 0.0
 
     def add(self, values: Tensor, divisor: float) -> None:
         """A batch's values, (N,)."""
@@ -191,13 +192,17 @@ class Mean:
         self._examples += len(values)
         if share:  # else all are ignored
             self._unit = self._unit or share  # relative to the first, so that equal shares count exactly 1
-            self._total += float(values.double().sum()) * (share / self._unit)
+            part = values.double().sum() * (share / self._unit)
+            self._total = part if self._total is None else self._total + part
             self._count += len(values) * (share / self._unit)
 
     @property
     def value(self) -> float:
         """The mean; 0 without any examples."""
-        return self._total / counting(self._count, self._examples) if self._examples else 0.0
+        if not self._examples:
+            return 0.0
+        count = counting(self._count, self._examples)
+        return (0.0 if self._total is None else float(self._total)) / count
 
 
 def counting(total: float, examples: int) -> float:

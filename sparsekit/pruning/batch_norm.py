@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -45,15 +46,23 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> bool:
     modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     model.eval()
+    calls: Counter[nn.Module] = Counter()
+
+    def cumulative(norm: _BatchNorm, _: object) -> None:
+        calls[norm] += 1
+        norm.momentum = 1 / calls[norm]  # what None stands for, without asking the device for its count
+
+    hooks = [norm.register_forward_pre_hook(cumulative) for norm in norms]
     for norm in norms:
         norm.train()
         norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
     try:
         for inputs, _ in pairs(batches, next(model.parameters()).device):
             if len(inputs) > 1:
                 model(inputs)
     finally:
+        for hook in hooks:
+            hook.remove()
         for norm, momentum in momenta.items():
             norm.momentum = momentum
         for module, training in modes.items():

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from sparsekit.errors import CurvatureError
 from sparsekit.problem.likelihoods import Likelihood
 from sparsekit.problem.objective import Batch, pairs
+
+#: Training steps between two looks at the loss on an accelerator, whose host has to wait for each.
+LOOK_EVERY = 16
 
 
 def half_cosine(optimiser: Optimizer, learning_rate: float, total: int, *, done: int = 0) -> LRScheduler:
@@ -64,17 +68,28 @@ def descend(
         After each step, how many steps the schedule has seen.
 
     Raises:
-        CurvatureError: the loss is not finite; that step is not taken.
+        CurvatureError: the loss is not finite; that step is not taken. On an accelerator it shows up to `LOOK_EVERY`
+            steps later.
         DataError: a batch is no pair of tensors.
     """
-    for inputs, targets in pairs(batches, next(model.parameters()).device):
+    device, losses = next(model.parameters()).device, []
+    every = 1 if device.type == "cpu" else LOOK_EVERY
+    for inputs, targets in pairs(batches, device):
         optimiser.zero_grad(set_to_none=True)
         loss = likelihood.losses(model(inputs), targets).mean()
-        if not bool(loss.isfinite()):
-            raise CurvatureError(
-                f"the loss became {float(loss.detach())} in training step {schedule.last_epoch}; {advice}"
-            )
+        losses.append(loss.detach())
+        if len(losses) == every:
+            _refuse_infinite(losses, schedule.last_epoch, advice)
+            losses.clear()
         loss.backward()
         optimiser.step()
         schedule.step()
         yield schedule.last_epoch
+    _refuse_infinite(losses, schedule.last_epoch - 1, advice)
+
+
+def _refuse_infinite(losses: Sequence[Tensor], last: int, advice: str) -> None:
+    """A CurvatureError where one of the losses, up to that of step `last`, is not finite."""
+    for step, loss in enumerate(torch.stack(list(losses)).tolist() if losses else [], last - len(losses) + 1):
+        if not math.isfinite(loss):
+            raise CurvatureError(f"the loss became {loss} in training step {step}; {advice}")

@@ -10,6 +10,11 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from sparsekit.machine import available_memory
+
+#: An output stays on its device while that has so many times its size free.
+ROOM = 8
+
 
 class Replay:
     """A cache of modules' outputs; while it is entered, modules with a cached output return it without computing.
@@ -120,7 +125,7 @@ class Replay:
 
 
 class _Kept:
-    """A module's output on the host, and the devices of its parts."""
+    """A module's output, on its device while there is room for it, else on the host; and the devices of its parts."""
 
     def __init__(self, parts: tuple[Tensor | None, ...], several: bool) -> None:
         self._parts, self._several = parts, several
@@ -128,8 +133,8 @@ class _Kept:
         self.size = sum(part.nbytes for part in parts if part is not None)
 
     def copied(self) -> Self:
-        """Copy the parts to the host, because later modules may change them in place."""
-        self._parts = tuple(None if part is None else part.detach().to("cpu", copy=True) for part in self._parts)
+        """Copy the parts, because later modules may change them in place."""
+        self._parts = tuple(None if part is None else _copy(part.detach()) for part in self._parts)
         return self
 
     def again(self) -> Tensor | None | tuple[Tensor | None, ...]:
@@ -137,3 +142,8 @@ class _Kept:
         placed = zip(self._parts, self._devices, strict=True)
         parts = tuple(None if part is None else part.to(device, copy=True) for part, device in placed)
         return parts if self._several else parts[0]
+
+
+def _copy(part: Tensor) -> Tensor:
+    on_host = part.device.type == "cpu" or ROOM * part.nbytes > available_memory(part.device).device
+    return part.to("cpu" if on_host else part.device, copy=True)

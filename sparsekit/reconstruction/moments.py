@@ -47,7 +47,8 @@ class Moments:
         A, C, length = self.means(scale)
         part = W @ A - 2 * C
         part = part if self._B is None else self._B @ part
-        return max(float((part * W).sum() + length), 0.0) / float(length) if float(length) > 0 else 0.0
+        error, squares = torch.stack([(part * W).sum() + length, length]).tolist()
+        return max(error, 0.0) / squares if squares > 0 else 0.0
 
 
 def _gram(X: Tensor) -> Tensor:

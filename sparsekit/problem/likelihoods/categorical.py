@@ -5,13 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsekit.errors import DataError, SettingsError
 from sparsekit.problem.likelihoods.base import Likelihood, Reduction, one_position_at_a_time, signs
+
+
+class _Extent(NamedTuple):
+    """Of labels: the least and the greatest that count (with none: a least above the greatest), and whether all do."""
+
+    least: int
+    most: int
+    all_kept: bool
+
+
+#: Labels -> (their version and the ignored label, what was read): each read makes an accelerator's host wait.
+_EXTENTS = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -167,8 +181,26 @@ class Categorical(Likelihood):
 
     def _kept(self, labels: Tensor) -> Tensor | None:
         """Which positions are not ignored; None where all are kept."""
-        kept = labels.long() != self.ignore_index  # as bytes, -100 would be 156
-        return None if bool(kept.all()) else kept
+        if self._extent(labels).all_kept:
+            return None
+        return labels.long() != self.ignore_index
+
+    def _extent(self, labels: Tensor) -> _Extent:
+        """What is to be known of labels before they are used, read from the device once for all uses of a tensor."""
+        asked = None if labels.is_inference() else (labels._version, self.ignore_index)
+        known = _EXTENTS.get(labels)
+        if known is not None and known[0] == asked:
+            return known[1]
+        every, ends = labels.long(), torch.iinfo(torch.long)
+        if not every.numel():
+            return _Extent(ends.max, ends.min, True)
+        kept = every != self.ignore_index  # as bytes, -100 would be 156
+        extremes = every.where(kept, ends.max).amin(), every.where(kept, ends.min).amax(), kept.all().long()
+        least, most, all_kept = torch.stack(extremes).tolist()
+        found = _Extent(least, most, bool(all_kept))
+        if asked is not None:  # of an inference tensor it cannot be told whether it has changed
+            _EXTENTS[labels] = asked, found
+        return found
 
     def _labels(self, target: Tensor, output: Tensor | None = None) -> Tensor:
         """The targets, after checking that they are class indices (as int64) or distributions over the classes."""
@@ -179,18 +211,15 @@ class Categorical(Likelihood):
             if bool((target < 0).any()):
                 raise DataError(f"soft labels down to {float(target.min()):g} were given; probabilities are needed")
             return target if output is None else target.to(output.dtype)
-        labels = target.long()
-        kept = labels[labels.long() != self.ignore_index]
-        if kept.numel():
-            least, most = (int(end) for end in kept.aminmax())
-            if least < 0 or most >= classes:
-                wrong = least if least < 0 else most
-                raise DataError(
-                    f"the data has labels from {least} to {most}, the model's outputs are {classes} classes (0 to "
-                    f"{classes - 1}): mend the labels, or the model; where {wrong} marks what is to be ignored give "
-                    f"loss=Categorical(ignore_index={wrong})"
-                )
-        return labels
+        least, most, _ = self._extent(target)
+        if least < 0 or most >= classes:
+            wrong = least if least < 0 else most
+            raise DataError(
+                f"the data has labels from {least} to {most}, the model's outputs are {classes} classes (0 to "
+                f"{classes - 1}): mend the labels, or the model; where {wrong} marks what is to be ignored give "
+                f"loss=Categorical(ignore_index={wrong})"
+            )
+        return target.long()
 
     def _classes(self, output: Tensor) -> int:
         if output.dim() < 2:
