@@ -48,6 +48,14 @@ def accelerator(device: torch.device) -> Any:
     return None if device.type in ("cpu", "meta") else torch.get_device_module(device)
 
 
+def gpus(device: torch.device) -> list[str]:
+    """Names, as CUDA_VISIBLE_DEVICES has them, of the GPUs that workers may share out; none for `cuda:N` or the CPU."""
+    if device.type != "cuda" or device.index is not None:
+        return []
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[: torch.cuda.device_count()] or [str(index) for index in range(torch.cuda.device_count())]
+
+
 def wait_for(device: torch.device) -> None:
     """Return when the device has done all that was asked of it."""
     module = accelerator(device)

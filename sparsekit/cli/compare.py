@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
 
@@ -21,7 +22,7 @@ from sparsekit.compare.spec import ComparisonSettings
 from sparsekit.compare.tuning import failed
 from sparsekit.compare.upload import Uploader
 from sparsekit.errors import SettingsError
-from sparsekit.machine import find_device
+from sparsekit.machine import find_device, gpus
 from sparsekit.registry.installed import load_registry
 from sparsekit.registry.registry import Registry
 from sparsekit.runs.settings import merge, parse_assignment, read_config
@@ -87,7 +88,7 @@ def carry_out(
         with work.lock():
             found, report, trouble = _work(
                 work,
-                lambda: EXECUTORS[executor](count, threads, sketch.memory, int(device.type != "cpu")),
+                lambda: EXECUTORS[executor](count, threads, sketch.memory, device),
                 retry_failed,
             )
     keep(report)
@@ -95,9 +96,9 @@ def carry_out(
         sys.exit(1)
 
 
-EXECUTORS: dict[str, Callable[[int, int, int, int], Executor]] = {
-    "local": lambda workers, threads, memory, gpus: LocalExecutor(workers, threads),
-    "ray": lambda workers, threads, memory, gpus: RayExecutor(threads, memory, gpus),
+EXECUTORS: dict[str, Callable[[int, int, int, torch.device], Executor]] = {
+    "local": lambda workers, threads, memory, device: LocalExecutor(workers, threads, gpus(device)),
+    "ray": lambda workers, threads, memory, device: RayExecutor(threads, memory, int(device.type != "cpu")),
 }
 
 

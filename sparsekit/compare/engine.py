@@ -35,7 +35,7 @@ from sparsekit.compare.plan import (
 from sparsekit.compare.spec import WORKER_BYTES, ComparisonSettings, Point, departures, expand, warnings
 from sparsekit.compare.work import Job, do, failure_path
 from sparsekit.errors import RecordError, SparsekitError
-from sparsekit.machine import available_memory, find_device, now
+from sparsekit.machine import available_memory, find_device, gpus, now
 from sparsekit.methods.interfaces import Task
 from sparsekit.registry.registry import Registry
 from sparsekit.runs.addresses import redacted
@@ -119,9 +119,9 @@ def _memory(point: Point) -> int:
 
 
 def workers_for(cores: int, memory: int, threads: int, device: torch.device) -> int:
-    """As many workers as cores and free memory allow; one on a GPU, because runs would compete for its memory."""
+    """As many workers as cores and free memory allow; one a GPU, because runs would compete for its memory."""
     if device.type != "cpu":
-        return 1
+        return max(1, len(gpus(device)))
     return max(1, min(cores // threads, int(0.9 * available_memory(device).host // memory)))
 
 

@@ -9,8 +9,9 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle, repeat
 from multiprocessing.connection import Connection
 from typing import Any, Self, TypeVar
 
@@ -50,10 +51,13 @@ class LocalExecutor(Executor):
     Args:
         workers: number of processes.
         threads: number of torch's threads in each.
+        gpus: names of GPUs as CUDA_VISIBLE_DEVICES has them; workers take turns, and each sees its own alone. Without
+            any, all see what this process sees.
     """
 
-    def __init__(self, workers: int, threads: int = 1) -> None:
+    def __init__(self, workers: int, threads: int = 1, gpus: Sequence[str] = ()) -> None:
         self._threads = threads
+        self._gpus = cycle(gpus) if gpus else repeat(None)
         self._context = multiprocessing.get_context("spawn")  # a forked torch hangs in its thread pools
         self._pool = ThreadPoolExecutor(workers)
         self._own = threading.local()
@@ -66,7 +70,10 @@ class LocalExecutor(Executor):
     def _run(self, function: Callable[[T], R], job: T) -> R:
         if getattr(self._own, "worker", None) is None:
             mine, its = self._context.Pipe()
-            worker = self._context.Process(target=_serve, args=(its, self._threads, os.getpid()), daemon=True)
+            if not hasattr(self._own, "gpu"):  # a worker that takes another's place takes its GPU
+                self._own.gpu = next(self._gpus)
+            given = its, self._threads, os.getpid(), self._own.gpu
+            worker = self._context.Process(target=_serve, args=given, daemon=True)
             worker.start()
             its.close()
             self._own.worker, self._own.pipe = worker, mine
@@ -96,8 +103,10 @@ class LocalExecutor(Executor):
         self._pool.shutdown()
 
 
-def _serve(pipe: Connection, threads: int, parent: int) -> None:
+def _serve(pipe: Connection, threads: int, parent: int, gpu: str | None) -> None:
     """The main function of a worker: run jobs until the pipe is closed or the parent has ended."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA is used first
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; only the parent handles it
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)

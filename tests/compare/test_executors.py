@@ -10,6 +10,7 @@ import pytest
 
 from sparsekit.compare.executors import LocalExecutor, RayExecutor, WorkerDied
 from sparsekit.errors import SettingsError
+from sparsekit.machine import gpus
 
 # What workers can import: they know nothing of the tests' modules.
 PID = "__import__('os').getpid()"
@@ -103,3 +104,28 @@ class Unknown:
 def test_what_a_worker_cannot_import_is_told(executor):
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         executor.submit(str, Unknown()).result()
+
+
+def visible(_):
+    import time
+
+    time.sleep(0.3)  # so that both workers get a job
+    return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_each_worker_sees_a_gpu_of_its_own():
+    with LocalExecutor(2, gpus=["4", "6"]) as made:
+        seen = {made.submit(visible, i) for i in range(4)}
+        assert {gpu for _, gpu in (future.result() for future in seen)} == {"4", "6"}
+
+
+@pytest.mark.parametrize(
+    ("device", "environment", "found"),
+    [("cuda", None, ["0", "1"]), ("cuda", "3,5", ["3", "5"]), ("cuda:1", None, []), ("cpu", None, [])],
+)
+def test_gpus_that_workers_share_out(monkeypatch, device, environment, found):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if environment:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", environment)
+    assert gpus(torch.device(device)) == found
