@@ -50,7 +50,7 @@ def accelerator(device: torch.device) -> Any:
 
 def gpus(device: torch.device) -> list[str]:
     """Names, as CUDA_VISIBLE_DEVICES has them, of the GPUs that workers may share out; none for `cuda:N` or the CPU."""
-    if device.type != "cuda" or device.index is not None:
+    if str(device) != "cuda":
         return []
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return visible[: torch.cuda.device_count()] or [str(index) for index in range(torch.cuda.device_count())]

@@ -7,6 +7,7 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from sparsekit.compare.executors import LocalExecutor, RayExecutor, WorkerDied
 from sparsekit.errors import SettingsError
@@ -15,6 +16,7 @@ from sparsekit.machine import gpus
 # What workers can import: they know nothing of the tests' modules.
 PID = "__import__('os').getpid()"
 THREADS = "__import__('torch').get_num_threads()"
+GPU = "(__import__('time').sleep(0.3), __import__('os').environ['CUDA_VISIBLE_DEVICES'])[1]"  # so that both get a job
 DIE = "__import__('os').kill(__import__('os').getpid(), 9)"
 FAIL = "__import__('sparsekit.runs.settings').runs.settings.parse_assignment('no such thing')"
 
@@ -106,17 +108,10 @@ def test_what_a_worker_cannot_import_is_told(executor):
         executor.submit(str, Unknown()).result()
 
 
-def visible(_):
-    import time
-
-    time.sleep(0.3)  # so that both workers get a job
-    return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"]
-
-
 def test_each_worker_sees_a_gpu_of_its_own():
     with LocalExecutor(2, gpus=["4", "6"]) as made:
-        seen = {made.submit(visible, i) for i in range(4)}
-        assert {gpu for _, gpu in (future.result() for future in seen)} == {"4", "6"}
+        seen = [made.submit(eval, GPU) for _ in range(4)]
+        assert {future.result() for future in seen} == {"4", "6"}
 
 
 @pytest.mark.parametrize(
