@@ -60,5 +60,5 @@ def accelerator():
 
     try:
         return pretend.register()
-    except FileNotFoundError as error:
+    except pretend.Unbuilt as error:
         pytest.skip(str(error))

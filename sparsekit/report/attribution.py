@@ -71,10 +71,11 @@ def tied(task: TaskSummary, sparsity: float, phase: Phase) -> tuple[Point | None
     ranked = task.ranked(sparsity, phase)
     if not ranked:
         return None, []
-    return ranked[0], [point for point in ranked[1:] if _is_tied(task.metric, point, ranked[0], sparsity, phase)]
+    return ranked[0], [point for point in ranked[1:] if is_tied(task.metric, point, ranked[0], sparsity, phase)]
 
 
-def _is_tied(metric: Metric, point: Point, best: Point, sparsity: float, phase: Phase) -> bool:
+def is_tied(metric: Metric, point: Point, best: Point, sparsity: float, phase: Phase) -> bool:
+    """Whether the interval of their difference covers zero, or their means are the same."""
     found = difference(point, best, metric, sparsity, phase)
     if found is not None and metric.verdict(found) == "tie":
         return True

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from sparsekit.report.drawing import MOST, Figure, Panel, Styles, draw, literal, sparsity_axis, styles
 from sparsekit.report.ledger import seconds
 from sparsekit.report.spread import Metric, Spread, percent
-from sparsekit.report.summary import Phase, Point, TaskSummary
+from sparsekit.report.summary import Phase, Point, TaskSummary, label
 from sparsekit.report.tables import phase_name
 from sparsekit.runs.schema import RunRecord, StepRecord
 
@@ -26,28 +26,21 @@ def of_task(task: TaskSummary, name: str) -> list[Figure]:
     return [figure for figure in found if figure is not None]
 
 
-def panels(points: Sequence[Point], body: Callable[[Sequence[Point], Axes, Styles], None]) -> list[Panel]:
-    """One panel for each value of reconstruction, and also of compensation where there are more than MOST lines."""
-    out = []
-    for fitted, same in _by("reconstruction", points).items():
-        title = f"{'no' if fitted == 'none' else fitted} reconstruction"
-        parts = {title: same}
-        if len(same) > MOST:
-            moved = _by("compensation", same).items()
-            parts = {f"{'no' if how == 'none' else how} compensation,\n{title}": part for how, part in moved}
-        for name, part in parts.items():
-            for start in range(0, len(part), MOST):
-                few = part[start : start + MOST]
-                more = f" ({start // MOST + 1})" if len(part) > MOST else ""
-                out.append(Panel(name + more, partial(body, few), tuple(point.short for point in few)))
-    return out
-
-
-def _by(axis: str, points: Sequence[Point]) -> dict[str, list[Point]]:
-    found: dict[str, list[Point]] = {}
+def panels(
+    task: TaskSummary, points: Sequence[Point], body: Callable[[Sequence[Point], Axes, Styles], None]
+) -> list[Panel]:
+    """One panel for each value of the axes besides the method, so that a line is a method, in one style everywhere."""
+    others = [axis for axis in task.shown if axis != "method"]
+    groups: dict[str, list[Point]] = {}
     for point in points:
-        found.setdefault(point.axes.get(axis, "none"), []).append(point)
-    return found
+        groups.setdefault(label(point.axes, others), []).append(point)
+    out = []
+    for title, same in groups.items():
+        for start in range(0, len(same), MOST):
+            few = same[start : start + MOST]
+            more = f" ({start // MOST + 1})" if len(same) > MOST else ""
+            out.append(Panel(title.replace(", ", ",\n") + more, partial(body, few), tuple(p.method for p in few)))
+    return out
 
 
 def _scaled(metric: Metric, value: float) -> float:
@@ -81,8 +74,8 @@ def accuracy(task: TaskSummary, phase: Phase, name: str) -> Figure | None:
             low, mean, high = (
                 [_scaled(task.metric, getattr(spread, part)) for spread in spreads] for part in ("low", "mean", "high")
             )
-            axes.plot(places, mean, **known[point.short].line())
-            axes.fill_between(places, low, high, color=known[point.short].colour, alpha=0.15, linewidth=0)
+            axes.plot(places, mean, **known[point.method].line())
+            axes.fill_between(places, low, high, color=known[point.method].colour, alpha=0.15, linewidth=0)
         _dense(task, axes)
         _value_axis(task, axes)
         sparsity_axis(axes, task.sparsities)
@@ -95,7 +88,7 @@ def accuracy(task: TaskSummary, phase: Phase, name: str) -> Figure | None:
         "seeds, bands from the least to the greatest. Dotted: the dense network."
     )
     title = f"{_title(task.metric)} against sparsity, {phase_name(phase)}"
-    return draw(name, title, _capital(caption), panels(points, body), _styles(task))
+    return draw(name, title, _capital(caption), panels(task, points, body), _styles(task))
 
 
 def _title(metric: Metric) -> str:
@@ -121,8 +114,8 @@ def pareto(task: TaskSummary, phase: Phase, name: str) -> Figure | None:
     def body(points: Sequence[Point], axes: Axes, known: Styles) -> None:
         for point in points:
             low, mean, high = (_scaled(task.metric, getattr(reached[point], part)) for part in ("low", "mean", "high"))
-            axes.vlines(spent[point], low, high, color=known[point.short].colour, linewidth=1)
-            axes.plot([spent[point]], [mean], **known[point.short].dots())
+            axes.vlines(spent[point], low, high, color=known[point.method].colour, linewidth=1)
+            axes.plot([spent[point]], [mean], **known[point.method].dots())
         axes.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(least)))
         axes.set_xlim(-0.3 * 10 ** math.floor(math.log10(least)), 1.6 * max(least, *spent.values()))
         axes.set_xlabel("curvature in s (log scale, from 0)")
@@ -135,7 +128,7 @@ def pareto(task: TaskSummary, phase: Phase, name: str) -> Figure | None:
         "from the least to the greatest. Dotted: the dense network. Further left is cheaper."
     )
     title = f"{_title(task.metric)} at {where} against curvature seconds, {phase_name(phase)}"
-    return draw(name, title, _capital(caption), panels(list(reached), body), _styles(task))
+    return draw(name, title, _capital(caption), panels(task, list(reached), body), _styles(task))
 
 
 def increases(task: TaskSummary, name: str) -> Figure | None:
@@ -160,7 +153,7 @@ def increases(task: TaskSummary, name: str) -> Figure | None:
         axes.plot(ends, ends, color="#555555", linewidth=0.8)
         for point in points:
             predicted, measured = zip(*good[point], strict=True)
-            axes.plot(predicted, measured, **known[point.short].dots())
+            axes.plot(predicted, measured, **known[point.method].dots())
         axes.set(xscale="log", yscale="log", xlabel="predicted increase of the loss", ylabel="measured increase")
 
     caption = (
@@ -169,12 +162,12 @@ def increases(task: TaskSummary, name: str) -> Figure | None:
     )
     if left:
         caption += f" Left out, because one of the two is not positive or not defined: {left}."
-    return draw(name, "Predicted against measured increase", caption, panels(list(good), body), _styles(task))
+    return draw(name, "Predicted against measured increase", caption, panels(task, list(good), body), _styles(task))
 
 
 def _styles(task: TaskSummary) -> Styles:
-    """The style of each point, the same in all figures of its task."""
-    return styles([point.short for point in task.points])
+    """The style of each method, the same in all figures of its task."""
+    return styles([point.method for point in task.points])
 
 
 def _positive(pair: tuple[float, float]) -> bool:
@@ -189,24 +182,29 @@ def layers(task: TaskSummary, name: str) -> Figure | None:
         key = tuple(point.axes.get(axis, "") for axis in ("method", "pattern", "schedule"))
         if levels and key not in chosen:
             chosen[key] = point, levels[min(levels)][1].layer_sparsity
-    drawn = {point.label: sparsity for point, sparsity in chosen.values()}
-    look = {point.label: _styles(task)[point.short] for point, _ in chosen.values()}
-    names = list(dict.fromkeys(layer for found in drawn.values() for layer in found))
+    groups: dict[str, dict[str, dict[str, float]]] = {}  # title -> method -> layer -> sparsity
+    shown = [axis for axis in ("pattern", "schedule") if axis in task.shown]
+    for point, sparsity in chosen.values():
+        groups.setdefault(label(point.axes, shown), {})[point.method] = sparsity
+    names = list(dict.fromkeys(n for drawn in groups.values() for found in drawn.values() for n in found))
     if not names:
         return None
 
-    def body(labels: Sequence[str], axes: Axes, known: Styles) -> None:
-        for label in labels:
-            axes.plot([100 * drawn[label].get(n, 0.0) for n in names], **known[label].line())
+    def body(drawn: dict[str, dict[str, float]], methods: Sequence[str], axes: Axes, known: Styles) -> None:
+        for method in methods:
+            axes.plot([100 * drawn[method].get(n, 0.0) for n in names], **known[method].line())
         axes.set_xticks(range(len(names)), [literal(n) for n in names], rotation=90, fontsize=7)
         axes.set(ylabel="sparsity of the layer in %", xlabel="weight, in the network's order")
 
-    labels = list(drawn)
-    parts = [tuple(labels[start : start + MOST]) for start in range(0, len(labels), MOST)]
-    found = [Panel("", partial(body, part), part) for part in parts]
+    found = []
+    for title, drawn in groups.items():
+        methods = list(drawn)
+        for start in range(0, len(methods), MOST):
+            few = tuple(methods[start : start + MOST])
+            found.append(Panel(title, partial(body, drawn, few), few))
     where = percent(task.middle)
     caption = f"Where the weights went at {where} over all: the first row of each method in the plan, its first seed."
-    return draw(name, f"Layer-wise sparsity at {where}", caption, found, look, columns=1, tall=3.6)
+    return draw(name, f"Layer-wise sparsity at {where}", caption, found, _styles(task), columns=1, tall=3.6)
 
 
 def refinement(task: TaskSummary, name: str) -> Figure | None:
@@ -219,7 +217,7 @@ def refinement(task: TaskSummary, name: str) -> Figure | None:
     def body(points: Sequence[Point], axes: Axes, known: Styles) -> None:
         for point in points:
             steps, values = zip(*tracks[point], strict=True)
-            axes.plot(steps, [_scaled(task.metric, v) for v in values], **known[point.short].line())
+            axes.plot(steps, [_scaled(task.metric, v) for v in values], **known[point.method].line())
         axes.set_xlabel("step (cut, then fine-tuning at half)")
         _dense(task, axes)
         _value_axis(task, axes)
@@ -228,7 +226,7 @@ def refinement(task: TaskSummary, name: str) -> Figure | None:
         f"{_axis(task.metric)} along the steps of gradual runs, first seed: at a whole number after the cut and "
         "reconstruction, half a step on after fine-tuning. Dotted: the dense network."
     )
-    return draw(name, "Refinement, step by step", _capital(caption), panels(list(tracks), body), _styles(task))
+    return draw(name, "Refinement, step by step", _capital(caption), panels(task, list(tracks), body), _styles(task))
 
 
 def _track(metric: Metric, run: RunRecord) -> list[tuple[float, float]]:

@@ -14,6 +14,7 @@ from sparsekit.compare.plan import Comparison, Failure, Plan
 from sparsekit.files import atomic_write
 from sparsekit.report import export, figures, ledger, tables, words
 from sparsekit.report.drawing import Figure
+from sparsekit.report.headline import Headline, headline
 from sparsekit.report.study import study_of
 from sparsekit.report.summary import Summary, TaskSummary, summarise
 from sparsekit.report.tables import Table
@@ -27,6 +28,7 @@ class Section:
     anchor: str
     dense: str
     unit: str
+    headline: Headline | None
     says: list[str]
     more: list[str]
     figures: list[Figure]
@@ -120,6 +122,7 @@ def _section(task: TaskSummary, anchor: str, plan: Plan) -> Section:
         anchor=anchor,
         dense=words.dense(task),
         unit=f", in{task.metric.unit}" if task.metric.unit else "",
+        headline=None if study else headline(task, plan.reference),
         says=[] if study else words.of_task(task, plan.reference),
         more=[] if study else words.by_method(task),
         figures=[] if study else figures.of_task(task, anchor),

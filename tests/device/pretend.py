@@ -23,11 +23,15 @@ SOURCE = Path(__file__).with_name("pretend.cpp")
 NAME = "pretend"
 
 
+class Unbuilt(Exception):
+    """The pretended device cannot be built here."""
+
+
 def register():
     """Build the extension where it is not built yet (a minute), and register the device type; once a process.
 
     Raises:
-        FileNotFoundError: there is no g++.
+        Unbuilt: there is no g++, or it does not build here.
     """
     if NAME not in sys.modules.get("_pretend_state", {}):
         torch.utils.rename_privateuse1_backend(NAME)
@@ -50,7 +54,7 @@ def _load():
 
 def _built() -> Path:
     if shutil.which("g++") is None:
-        raise FileNotFoundError("the pretended device is built with g++, which is not here")
+        raise Unbuilt("the pretended device is built with g++, which is not here")
     key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode() + sys.version.encode()).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"sparsekit-pretend-{os.getuid()}-{key}" / "_pretend.so"
     if not library.exists():
@@ -73,7 +77,9 @@ def _built() -> Path:
             "-ltorch_python",
             f"-Wl,-rpath,{root / 'lib'}",
         ]
-        subprocess.run(command, check=True)
+        built = subprocess.run(command, capture_output=True, text=True)
+        if built.returncode:
+            raise Unbuilt(f"g++ does not build the pretended device here: {built.stderr[-500:]}")
         os.replace(unfinished, library)
     return library
 
