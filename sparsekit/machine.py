@@ -48,6 +48,11 @@ def accelerator(device: torch.device) -> Any:
     return None if device.type in ("cpu", "meta") else torch.get_device_module(device)
 
 
+def cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def gpus(device: torch.device) -> list[str]:
     """Names, as CUDA_VISIBLE_DEVICES has them, of the GPUs that workers may share out; none for `cuda:N` or the CPU."""
     if str(device) != "cuda":

@@ -22,7 +22,7 @@ from sparsekit.compare.spec import ComparisonSettings
 from sparsekit.compare.tuning import failed
 from sparsekit.compare.upload import Uploader
 from sparsekit.errors import SettingsError
-from sparsekit.machine import find_device, gpus
+from sparsekit.machine import cores, find_device, gpus
 from sparsekit.registry.installed import load_registry
 from sparsekit.registry.registry import Registry
 from sparsekit.runs.settings import merge, parse_assignment, read_config
@@ -78,7 +78,7 @@ def carry_out(
         raise SettingsError(f"there is no executor '{executor}'; known: {', '.join(EXECUTORS)}")
     sketch = engine.sketch(given, registry)
     device = find_device(sketch.points[0].resolved.settings.device)
-    count = workers or engine.workers_for(engine.cores(), sketch.memory, threads, device)
+    count = workers or engine.workers_for(cores(), sketch.memory, threads, device)
     print_sketch(given, sketch, count)
     if dry_run:
         return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,7 +32,8 @@ def pairs(batches: Iterable[object], device: torch.device | None = None) -> Iter
     Raises:
         DataError: a batch is something else.
     """
-    for batch in batches:
+    made = device is None or device.type == "cpu" or isinstance(batches, list | tuple)
+    for batch in batches if made else ahead(batches):
         if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
             raise DataError(
                 f"the data gave a batch of {kind_of(batch)}; a pair of tensors (inputs, targets) was needed: map each "
@@ -45,6 +48,26 @@ def pairs(batches: Iterable[object], device: torch.device | None = None) -> Iter
         if device is not None:
             inputs, targets = (t.to(device, non_blocking=True) for t in (inputs, targets))
         yield inputs, targets
+
+
+def ahead(batches: Iterable[object], depth: int = 2) -> Iterator[object]:
+    """The same batches, of which another thread prepares the next `depth`: an accelerator need not wait for them.
+
+    Tensors on the CPU come in pinned memory where there is CUDA, from which copies do not hold up the host.
+    """
+    source, end = iter(batches), object()
+
+    def following() -> object:
+        batch = next(source, end)
+        if torch.cuda.is_available() and isinstance(batch, tuple | list):
+            return type(batch)(t.pin_memory() if isinstance(t, Tensor) and t.device.type == "cpu" else t for t in batch)
+        return batch
+
+    with ThreadPoolExecutor(1, "batches") as pool:
+        waiting = deque(pool.submit(following) for _ in range(depth))
+        while (batch := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(following))
+            yield batch
 
 
 @dataclass(frozen=True)

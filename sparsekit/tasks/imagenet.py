@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from sparsekit.errors import DataError
+from sparsekit.machine import cores
 from sparsekit.methods.interfaces import FinetuneSettings, Split, Task, TaskSettings
 from sparsekit.models import load_checkpoint
 from sparsekit.problem.likelihoods import Categorical
@@ -33,7 +34,12 @@ class ImageNetSettings(TaskSettings):
     architecture: str = Field("resnet50", description="a classification network of torchvision.models")
     download: bool = Field(False, description="take the weights from torchvision, which downloads them")
     weights: str = Field("IMAGENET1K_V1", description="which of torchvision's weights, with download=true")
-    workers: int = Field(0, ge=0, description="processes that decode images; 0: the run's own")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="processes that decode images; 0: the run's own, as by default on the CPU; on an accelerator all "
+        "cores but one by default, 16 at most",
+    )
 
 
 class ImageNet(Task[ImageNetSettings]):
@@ -131,7 +137,13 @@ class ImageNet(Task[ImageNetSettings]):
         return len(self._samples(split))
 
     def batches(self, split: Split, **how: Unpack[Batching]) -> FolderBatches:
-        return FolderBatches(self._samples(split), workers=self.settings.workers, **how)
+        return FolderBatches(self._samples(split), workers=self._workers(), **how)
+
+    def _workers(self) -> int:
+        given = self.settings.workers
+        if given is not None:
+            return given
+        return 0 if self.device.type == "cpu" else min(16, cores() - 1)
 
     def fingerprint(self) -> str:
         """A hash of the image files' names, classes and sizes, not of their 150 GB of contents."""
