@@ -135,6 +135,10 @@ class FinetuneSettings(Settings):
         "cosine", description="of the learning rate within one step; stepwise: a tenth after every decay_every epochs"
     )
     decay_every: float = Field(60.0, gt=0, description="epochs at each rate of a stepwise decay")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of forward and backward passes (autocast); weights and momentum stay in float32"
+    )
+    channels_last: bool = Field(False, description="whether weights and images of convolutions lie channels last")
     refine_every: int = Field(
         0,
         ge=0,

@@ -62,17 +62,25 @@ def finetune(
     if total == 0:
         return 0
     rate, momentum, decay = settings.learning_rate, settings.momentum, settings.weight_decay
-    optimiser = SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=decay)
+    fused = next(model.parameters()).is_cuda
+    optimiser = SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=decay, fused=fused)
+    layout = torch.channels_last if settings.channels_last else torch.preserve_format
     if settings.decay == "cosine":
         schedule = half_cosine(optimiser, rate, total)
     else:
         every = total if settings.decay == "constant" else max(1, round(settings.decay_every * batches_per_epoch))
         schedule = stepwise(optimiser, rate, every)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
     removed = _removed(model, space, mask)
     with _in_training(model), dense_gradients(model), tensor_outputs(model), torch.enable_grad():
         examples = islice(_endless(batches), total)
         advice = "lower finetune.learning_rate"
-        for taken in descend(model, likelihood, examples, optimiser, schedule, advice=advice):
+        steps = descend(
+            model, likelihood, examples, optimiser, schedule,
+            advice=advice, precision=getattr(torch, settings.precision), layout=layout,
+        )  # fmt: skip
+        for taken in steps:
             _clear(removed, optimiser)
             if progress is not None:
                 progress(taken, total)

@@ -51,6 +51,8 @@ def descend(
     schedule: LRScheduler,
     *,
     advice: str,
+    precision: torch.dtype = torch.float32,
+    layout: torch.memory_format = torch.preserve_format,
 ) -> Iterator[int]:
     """Take an optimiser step along the gradient of each batch's mean loss.
 
@@ -62,6 +64,8 @@ def descend(
         batches: (inputs, targets), on any device.
         optimiser: of the model's parameters.
         schedule: of the optimiser's learning rate; stepped after the optimiser.
+        precision: of forward passes; where it is not float32, by autocast, with losses in float32.
+        layout: of inputs of four dimensions.
         advice: what to do where the loss is not finite, for the error's sentence.
 
     Yields:
@@ -76,7 +80,13 @@ def descend(
     every = 1 if device.type == "cpu" else LOOK_EVERY
     for inputs, targets in pairs(batches, device):
         optimiser.zero_grad(set_to_none=True)
-        loss = likelihood.losses(model(inputs), targets).mean()
+        given = inputs.to(memory_format=layout) if inputs.dim() == 4 else inputs
+        if precision == torch.float32:
+            output = model(given)
+        else:
+            with torch.autocast(device.type, precision):
+                output = model(given).float()
+        loss = likelihood.losses(output, targets).mean()
         losses.append(loss.detach())
         if len(losses) == every:
             _refuse_infinite(losses, schedule.last_epoch, advice)

@@ -145,9 +145,12 @@ def train(model: nn.Module, task: Task, recipe: Recipe, cached: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         begun, saved = _go_on(unfinished, model, optimiser), time.perf_counter()
         schedule = recipe.schedule(optimiser, total, steps, begun)
+        first = task.settings.seed * recipe.epochs * steps  # each step's dropout has a seed of its own
+        torch.manual_seed(first + begun)
         for epoch in range(begun // steps, recipe.epochs):
             batches = _batches(task, recipe, epoch, steps=steps, begun=begun)
             for done in descend(model, task.likelihood, batches, optimiser, schedule, advice=advice):
+                torch.manual_seed(first + done)
                 task.progress(done, total)
                 if done % steps == 0 or time.perf_counter() - saved > SAVE_EVERY:
                     state = {"steps": done, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
@@ -158,13 +161,11 @@ def train(model: nn.Module, task: Task, recipe: Recipe, cached: Path) -> None:
 
 
 def _batches(task: Task, recipe: Recipe, epoch: int, *, steps: int, begun: int) -> Iterator[Batch]:
-    """An epoch's batches from step `begun` on, the global generator seeded for each step's dropout."""
-    seed = task.settings.seed
-    generator = torch.Generator().manual_seed(seed * recipe.epochs + epoch)
+    """An epoch's batches from step `begun` on."""
+    generator = torch.Generator().manual_seed(task.settings.seed * recipe.epochs + epoch)
     batches = task.batches("train", batch_size=recipe.batch_size, generator=generator, augment=True)
     for done, batch in enumerate(batches, epoch * steps):
         if done >= begun:  # earlier ones are drawn too, because the generator's state depends on them
-            torch.manual_seed(seed * recipe.epochs * steps + done)
             yield batch
 
 

@@ -150,3 +150,29 @@ def test_the_learning_rate_decays_as_told(problem, decay, rates, monkeypatch):
     settings = FinetuneSettings(epochs=4, learning_rate=0.1, decay=decay, decay_every=2)
     finetune(model, Categorical(), lambda: batches, space, Mask.full(space.size), settings, batches_per_epoch=1)
     assert seen == pytest.approx(rates or [0.1, 0.1 * 0.853553, 0.05, 0.1 * 0.146447], rel=1e-4)
+
+
+def test_in_bfloat16_weights_stay_in_float32_and_removed_ones_zero(problem):
+    model, batches, space = problem
+    mask = Mask(torch.arange(space.size) % 3 == 0)
+    mask.apply(space, model)
+    seen = []
+    model[3].register_forward_hook(lambda _, given, output: seen.append(output.dtype))
+    train(problem, mask, precision="bfloat16")
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert (space.read(model)[mask.removed] == 0).all()
+
+
+def test_channels_last_changes_nothing_but_the_layout():
+    def trained(**settings):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3)).eval()
+            batches = [(torch.randn(16, 2, 6, 6), torch.randint(3, (16,)))]
+        train((model, batches, ParameterSpace.of(model)), Mask.full(ParameterSpace.of(model).size), **settings)
+        return model
+
+    plain, last = trained(), trained(channels_last=True)
+    assert last[0].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last[0].weight, plain[0].weight, rtol=1e-3, atol=1e-4)
