@@ -39,6 +39,7 @@ TOPICS = {
     "sparsekit.methods": "What plugins supply",
     "sparsekit.problem.likelihoods": "Losses",
     "sparsekit.problem": "Weights, masks, model and data",
+    "sparsekit.pruning": "Train what was pruned",
     "sparsekit.removal": "Removal",
     "sparsekit.errors": "Errors",
     "sparsekit.curvature": "Gradients and their sums",

@@ -33,6 +33,7 @@ from sparsekit.methods.interfaces import (
 from sparsekit.problem.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from sparsekit.problem.objective import Objective
 from sparsekit.problem.parameters import Mask, ParameterInfo, ParameterSpace
+from sparsekit.pruning.keeping import Kept, check, keep
 from sparsekit.registry.hookspecs import hookimpl
 from sparsekit.removal import InverseFisher, Removal
 
@@ -54,6 +55,7 @@ __all__ = [
     "FisherKind",
     "Gaussian",
     "InverseFisher",
+    "Kept",
     "Likelihood",
     "Mask",
     "Memory",
@@ -76,6 +78,8 @@ __all__ = [
     "Task",
     "TaskSettings",
     "Units",
+    "check",
     "hookimpl",
+    "keep",
     "prune",
 ]

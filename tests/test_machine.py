@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from sparsekit import machine
+from sparsekit.errors import SettingsError
+from sparsekit.machine import find_device
 
 
 def test_it_can_be_imported_where_there_is_no_resource_module(monkeypatch):
@@ -35,3 +37,9 @@ def test_peak_memory_is_that_since_it_was_forgotten():
     del large
     machine.forget_peak_memory(torch.device("cpu"))
     assert machine.peak_memory(model) < with_it - 2**28
+
+
+@pytest.mark.parametrize("asked", ["gpu", "cuda:99", "fft"])
+def test_a_device_that_is_not_there_is_one_sentence(asked):
+    with pytest.raises(SettingsError, match=f"device '{asked}' was asked for; torch finds .* here. Use --device cpu"):
+        find_device(asked)

@@ -86,3 +86,16 @@ def test_every_page_is_in_the_navigation(pages):
     nav = str(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     written = [str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "reports" not in path.parts]
     assert [page for page in [*written, *pages] if f"'{page}'" not in nav] == []
+
+
+def test_what_pages_include_is_there():
+    found = [
+        (page, *one)
+        for page in DOCS.rglob("*.md")
+        for one in re.findall(r'--8.*<.*--.*"([^":]+)(:[^"]+)?"', page.read_text())
+    ]
+    assert len(found) >= 10
+    for page, file, section in found:
+        assert f'--8<-- "{file}{section}"' in page.read_text()  # as the site's generator reads it
+        text = (ROOT / file).read_text()
+        assert not section or section.count(":") == 2 or f"[start:{section[1:]}]" in text

@@ -9,13 +9,14 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 
 from sparsekit.methods.interfaces import FinetuneSettings
 from sparsekit.problem.likelihoods import Likelihood
 from sparsekit.problem.networks import dense_gradients, refuse_autocast, tensor_outputs
 from sparsekit.problem.objective import Batch, some
 from sparsekit.problem.parameters import Mask, ParameterSpace
+from sparsekit.pruning.keeping import clear
 from sparsekit.pruning.training import descend, half_cosine, stepwise
 
 
@@ -81,7 +82,7 @@ def finetune(
             advice=advice, precision=getattr(torch, settings.precision), layout=layout,
         )  # fmt: skip
         for taken in steps:
-            _clear(removed, optimiser)
+            clear(removed, optimiser)
             if progress is not None:
                 progress(taken, total)
     return total
@@ -119,13 +120,3 @@ def _removed(model: nn.Module, space: ParameterSpace, mask: Mask) -> list[tuple[
     """Each prunable parameter with a mask of its shape, beside it."""
     removed = mask.removed.to(next(model.parameters()).device)
     return [(p, removed[space[name].slice].view(p.shape)) for name, p in space.tensors(model).items()]
-
-
-@torch.no_grad()
-def _clear(removed: list[tuple[nn.Parameter, Tensor]], optimiser: Optimizer) -> None:
-    """Removed weights become zero, and so does their momentum."""
-    for parameter, gone in removed:
-        parameter.masked_fill_(gone, 0.0)
-        momentum = optimiser.state[parameter].get("momentum_buffer")
-        if momentum is not None:
-            momentum.masked_fill_(gone, 0.0)
