@@ -92,7 +92,7 @@ def test_what_pages_include_is_there():
     found = [
         (page, *one)
         for page in DOCS.rglob("*.md")
-        for one in re.findall(r'--8.*<.*--.*"([^":]+)(:[^"]+)?"', page.read_text())
+        for one in re.findall(r'--8.*<.*--.*"([^":\n]+)(:[^"\n]+)?"', page.read_text())
     ]
     assert len(found) >= 10
     for page, file, section in found:
